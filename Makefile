@@ -1,0 +1,40 @@
+# Everything here sets up what it needs in .venv; a clean machine needs Python >= 3.11 and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One stamp for each set of extras, so that a target installs what it needs and no more.
+STAMP = $(VENV)/.installed-
+
+.PHONY: demo test check format bench golden clean
+
+demo: $(STAMP)examples ## train, save, load in another process, compare
+	$(BIN)/python examples/digits.py --out demo
+
+test: $(STAMP)dev ## the tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+
+check: $(STAMP)dev ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP)dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)bench ## the tables of docs/benchmarks.md
+	$(BIN)/python -m benchmarks
+
+golden: $(STAMP)dev ## golden packages of this version of JAX; never touches those that are there
+	$(BIN)/python tests/golden/make.py
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP)%: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis demo

@@ -1,0 +1,51 @@
+"""Save a jitted JAX function with its parameters; load it anywhere, lazily, without its source."""
+
+from obmlite._version import __version__
+from obmlite.errors import (
+    ArgumentError,
+    CorruptPackageError,
+    ExportError,
+    LeafError,
+    MissingFileError,
+    ObmliteError,
+    PackageExistsError,
+    PackageNotFoundError,
+    PlatformError,
+    RestoreError,
+    UnsafePathError,
+    UnsupportedFormatError,
+)
+from obmlite.function import Function, export
+from obmlite.model import Model, load
+from obmlite.pipeline import Pipeline
+from obmlite.signature import Signature
+from obmlite.specs import TensorSpec, spec
+from obmlite.tree import register_node
+from obmlite.weights import LazyArray, Weights
+
+__all__ = [
+    "ArgumentError",
+    "CorruptPackageError",
+    "ExportError",
+    "Function",
+    "LazyArray",
+    "LeafError",
+    "MissingFileError",
+    "Model",
+    "ObmliteError",
+    "PackageExistsError",
+    "PackageNotFoundError",
+    "Pipeline",
+    "PlatformError",
+    "RestoreError",
+    "Signature",
+    "TensorSpec",
+    "UnsafePathError",
+    "UnsupportedFormatError",
+    "Weights",
+    "__version__",
+    "export",
+    "load",
+    "register_node",
+    "spec",
+]

@@ -1,0 +1,127 @@
+"""Between JAX's arrays and numpy's: what is saved of a leaf, and how one is made of what was saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from obmlite.errors import LeafError, RestoreError
+from obmlite.specs import TensorSpec
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+ALIGNMENT = 64
+"""Bytes to which a host buffer must be aligned for XLA's CPU client to use it in place (seen in jaxlib 0.9 to 0.12)."""
+
+
+def check_leaf(leaf: Any) -> TensorSpec:
+    """The spec of a leaf that can be saved.
+
+    Raises:
+      LeafError: it is no array or number, has been deleted, is being traced, or lies on other processes.
+    """
+    spec = TensorSpec.of(leaf)
+    if isinstance(leaf, jax.core.Tracer):
+        raise LeafError(
+            "A leaf is being traced and has no value to save.", found=str(leaf)[:200], fix="save outside of jit and grad"
+        )
+    if isinstance(leaf, jax.Array):
+        if leaf.is_deleted():
+            raise LeafError(
+                "A leaf's buffer was deleted, most likely because it was donated to a jitted function.",
+                found=f"deleted {spec}",
+                fix="save before donating, or save the function's result instead",
+            )
+        if not leaf.is_fully_addressable:
+            raise LeafError(
+                "A leaf lies partly on other processes' devices.",
+                expected="arrays that this process can read whole",
+                found=str(leaf.sharding),
+                fix="gather it first, as with jax.experimental.multihost_utils.process_allgather",
+            )
+    elif isinstance(leaf, jax.ShapeDtypeStruct):
+        raise LeafError("A leaf has a shape and a dtype but no values to save.", found=str(spec))
+    return spec
+
+
+def to_host(leaf: Any, spec: TensorSpec) -> Array:
+    """A leaf's values in host memory, without a copy where they are there already; a key's are its key data."""
+    if isinstance(leaf, (bool, int, float, complex)):
+        return np.asarray(leaf, spec.kind.numpy)
+    if spec.kind.is_key:
+        return np.asarray(jax.random.key_data(leaf))
+    return np.asarray(leaf)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """An uninitialised array that XLA's CPU client can use in place."""
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+    offset = -raw.ctypes.data % ALIGNMENT
+    return raw[offset : offset + nbytes].view(dtype).reshape(shape)
+
+
+def cast_to(spec: TensorSpec, dtype: Any) -> np.dtype[Any] | None:
+    """The dtype that a request turns a leaf into: floats become floats, integers integers; None for no change."""
+    if dtype is None or spec.kind.is_key or not spec.kind.storage:
+        return None
+    target = np.dtype(dtype)
+    for family in (np.floating, np.integer, np.complexfloating):
+        if jax.dtypes.issubdtype(target, family):
+            return target if jax.dtypes.issubdtype(spec.kind.numpy, family) and target != spec.kind.numpy else None
+    raise RestoreError(
+        "Weights cannot be cast to this dtype.", field="dtype", expected="a float, integer or complex dtype", found=target
+    )
+
+
+def check_x64(spec: TensorSpec, name: str, target: np.dtype[Any] | None) -> None:
+    """Refuses what JAX would silently narrow.
+
+    Raises:
+      RestoreError: the leaf has 64-bit numbers and ``jax_enable_x64`` is off.
+    """
+    wanted = target or (None if spec.kind.is_key or not spec.kind.storage else spec.kind.numpy)
+    if wanted is not None and jax.dtypes.canonicalize_dtype(wanted) != wanted:
+        raise RestoreError(
+            "A leaf has 64-bit numbers, which JAX holds only with jax_enable_x64.",
+            leaf=name,
+            expected=str(jax.dtypes.canonicalize_dtype(wanted)),
+            found=str(wanted),
+            fix='jax.config.update("jax_enable_x64", True), or restore(dtype="float32")'
+            if wanted.kind != "i"
+            else 'jax.config.update("jax_enable_x64", True), or restore(dtype=…)',
+        )
+
+
+def to_device(values: list[Any], specs: list[TensorSpec]) -> list[Any]:
+    """Puts host arrays on the default device, uncommitted; on CPU aligned read-only ones are used in place."""
+    real = [n for n, spec in enumerate(specs) if spec.kind.storage]
+    placed = jax.device_put([values[n] for n in real])
+    result: list[Any] = list(values)
+    for n, array in zip(real, placed, strict=True):
+        spec = specs[n]
+        if spec.kind.is_key and array.dtype == np.uint32:
+            array = jax.random.wrap_key_data(array, impl=spec.kind.impl)
+        elif spec.weak_type:
+            array = _weaken(array)
+        result[n] = array
+    return result
+
+
+def _weaken(array: jax.Array) -> jax.Array:
+    """A scalar as JAX holds a Python number of its value; public JAX has no way to weaken an array with dimensions."""
+    weak = jax.numpy.asarray(array.item()) if array.ndim == 0 else array
+    return weak if weak.dtype == array.dtype else array
+
+
+def nbytes(spec: TensorSpec) -> int:
+    """Bytes of a leaf's storage; 0 for float0."""
+    shape: tuple[int, ...] = spec.shape  # type: ignore[assignment]
+    return spec.kind.storage_nbytes(shape)
+
+
+def number_of(spec: TensorSpec) -> int:
+    """Number of elements."""
+    return int(np.prod([int(d) for d in spec.shape], dtype=np.int64))  # type: ignore[arg-type]

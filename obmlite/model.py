@@ -1,0 +1,454 @@
+"""Models: functions, weights and pipelines under names; the same thing in memory and when loaded."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import tqdm
+
+from obmlite import _exporting
+from obmlite import tree as trees
+from obmlite._tensors import StoredSource, WeightsFiles
+from obmlite.errors import (
+    ArgumentError,
+    CorruptPackageError,
+    ExportError,
+    MissingFileError,
+    ObmliteError,
+    PackageNotFoundError,
+    UnsupportedFormatError,
+    context,
+)
+from obmlite.function import Function, export, function_name
+from obmlite.io import digest
+from obmlite.io.commit import MANIFEST
+from obmlite.io.store import LocalDirectory, Store
+from obmlite.pipeline import BoundPipeline, Pipeline
+from obmlite.schema import decode, records
+from obmlite.signature import Signature
+from obmlite.weights import Weights, size
+
+__all__ = ["Model", "load"]
+
+DEFAULT_PIPELINE = "serving_default"
+
+_T = TypeVar("_T")
+
+
+class _Lazy(Mapping[str, _T]):
+    """Objects by name, made when first asked for."""
+
+    def __init__(self, names: Sequence[str], make: Callable[[str], _T]) -> None:
+        self._names = tuple(names)
+        self._make = make
+        self._made: dict[str, _T] = {}
+
+    def __getitem__(self, name: str) -> _T:
+        if name not in self._made:
+            if name not in self._names:
+                raise KeyError(f"{name!r}; there are {', '.join(self._names) or 'none'}")
+            # Two threads may both make it; one result is kept.
+            self._made.setdefault(name, self._make(name))
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __repr__(self) -> str:
+        return "{" + ", ".join(self._names) + "}"
+
+
+class Model:
+    """Named functions and weights, and the pipelines that put them together.
+
+    Args:
+      objects: functions (:func:`obmlite.export`) and :class:`obmlite.Weights` by name.
+      pipelines: :class:`obmlite.Pipeline` by name.
+      default_pipeline: the one that calling the model runs; left out, the only one, or ``"serving_default"``.
+      metadata: what else to keep: None, bool, int, float, str, bytes, and lists and dicts of these.
+
+    Raises:
+      ArgumentError: a pipeline names what is not there, or weights that do not fit.
+    """
+
+    def __init__(
+        self,
+        objects: Mapping[str, Function | Weights],
+        *,
+        pipelines: Mapping[str, Pipeline] | None = None,
+        default_pipeline: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        for name, value in objects.items():
+            if not isinstance(value, (Function, Weights)):
+                raise ArgumentError(
+                    "An object of a model is neither a function nor weights.",
+                    object=name,
+                    expected="obmlite.export(…) or obmlite.Weights(…)",
+                    found=type(value).__qualname__,
+                )
+        trees.pack_static(dict(metadata or {}))
+        functions = {n: v for n, v in objects.items() if isinstance(v, Function)}
+        weights = {n: v for n, v in objects.items() if isinstance(v, Weights)}
+        pipelines = dict(pipelines or {})
+        for name in [*objects, *pipelines]:
+            if not isinstance(name, str) or not name:
+                raise ArgumentError("A name is no text, or empty.", found=repr(name))
+        default = default_pipeline or (DEFAULT_PIPELINE if DEFAULT_PIPELINE in pipelines else "")
+        if default and default not in pipelines:
+            raise ArgumentError("The default pipeline is not there.", object=default, expected=", ".join(pipelines))
+        bound = {name: _bind(name, pipeline, functions, weights) for name, pipeline in pipelines.items()}
+        self._set(functions, weights, bound, default, dict(metadata or {}), None)
+
+    def _set(
+        self,
+        functions: Mapping[str, Function],
+        weights: Mapping[str, Weights],
+        pipelines: Mapping[str, BoundPipeline],
+        default: str,
+        metadata: Mapping[str, Any],
+        path: str | None,
+    ) -> None:
+        self.functions = functions
+        self.weights = weights
+        self.pipelines = pipelines
+        self.supplementals: Mapping[str, Any] = {}
+        self.default_pipeline = default
+        self.metadata = metadata
+        self.path = path
+
+    @property
+    def objects(self) -> Mapping[str, Function | Weights]:
+        """Functions and weights, by name."""
+        names = [*self.functions, *self.weights]
+        return _Lazy(names, lambda n: self.functions[n] if n in self.functions else self.weights[n])
+
+    @classmethod
+    def from_function(
+        cls,
+        fn: Callable[..., Any],
+        *args: Any,
+        kwargs: Mapping[str, Any] | None = None,
+        static: str | Sequence[str] = (),
+        name: str | None = None,
+        weights: int | str | Sequence[int | str] | Mapping[str, str] | None = 0,
+        constraints: str | Sequence[str] = (),
+        platforms: str | Sequence[str] = _exporting.PLATFORMS,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Model:
+        """A model of one function and its weights.
+
+        ``Model.from_function(apply, params, jax.ShapeDtypeStruct((8, 28, 28, 1), "float32"))``: the first argument
+        is the weights, of the others only shape and dtype matter. Calling the model calls the function with the
+        weights in their place.
+
+        Args:
+          fn: the function; jitted or not.
+          *args: its arguments, as for :func:`obmlite.export`; those that are weights are saved.
+          kwargs: arguments to be given by keyword.
+          static: names of arguments whose values are fixed now.
+          name: the function's name in the package; its own if not given.
+          weights: which arguments are weights: a position, an argument's name, several of these, or a mapping from
+            argument to the name that its weights get. None for a function without. They are named like the arguments.
+          constraints: what symbols in the shapes must satisfy, such as ``"b <= 16"``.
+          platforms: of ``"cpu"``, ``"cuda"``, ``"rocm"`` and ``"tpu"``, those that it is to run on.
+          metadata: what else to keep with the package.
+
+        Raises:
+          ExportError: the function cannot be exported as it is.
+          LeafError: the weights, an argument or a result hold something that is neither an array nor a number.
+        """
+        names = _argument_names(fn, len(args), list(kwargs or {}))
+        chosen = _chosen(weights, names)
+        values = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+        objects: dict[str, Function | Weights] = {}
+        for argument, own in chosen.items():
+            with context(object=own):
+                objects[own] = Weights(values[argument])
+        own_name = name or function_name(fn)
+        if own_name in objects:
+            raise ExportError("The function and its weights have one name.", object=own_name, fix="give name=")
+        function = export(
+            fn, *args, kwargs=kwargs, static=static, name=own_name, constraints=constraints, platforms=platforms
+        )
+        function = function.bound_to(chosen)
+        return cls(
+            {own_name: function, **objects},
+            pipelines={DEFAULT_PIPELINE: Pipeline(function=own_name, weights=chosen)},
+            metadata=metadata,
+        )
+
+    # --- using
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the default pipeline.
+
+        Raises:
+          ArgumentError: the arguments do not match its signature, or there is no default pipeline.
+          PlatformError: its function was not exported for the platform that it would run on.
+        """
+        return self.pipeline(*args, **kwargs)
+
+    @property
+    def pipeline(self) -> BoundPipeline:
+        """The default pipeline.
+
+        Raises:
+          ArgumentError: there are several and none is the default, or there is none.
+        """
+        if self.default_pipeline:
+            return self.pipelines[self.default_pipeline]
+        if len(self.pipelines) == 1:
+            return next(iter(self.pipelines.values()))
+        raise ArgumentError(
+            "The model has no default pipeline.",
+            package=self.path,
+            expected="default_pipeline=, or exactly one pipeline",
+            found=", ".join(self.pipelines) or "no pipelines",
+            fix="call one of model.pipelines or model.functions",
+        )
+
+    @property
+    def signature(self) -> Signature:
+        """The default pipeline's signature."""
+        return self.pipeline.signature
+
+    def restore(self, *, dtype: Any = None) -> Model:
+        """A new model whose weights are on the default device, as by :meth:`obmlite.Weights.restore`.
+
+        Args:
+          dtype: dtype to cast weights to, as there; the functions must have been exported for it.
+        """
+        weights = {name: w.restored(dtype=dtype) for name, w in self.weights.items()}
+        model = Model.__new__(Model)
+        pipelines = {
+            name: BoundPipeline(name, p.function, p.bindings, weights, p.metadata) for name, p in self.pipelines.items()
+        }
+        model._set(self.functions, weights, pipelines, self.default_pipeline, self.metadata, self.path)
+        return model
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        max_file_bytes: int | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        """Writes the model as a package. Until all of it is there, the path holds what it held before.
+
+        Args:
+          path: a directory that is not there yet, or a package that is to be replaced.
+          overwrite: whether a package that is there may be replaced. Those who have it open go on reading it.
+          max_file_bytes: bytes of tensors in one weights file before the next is begun; 5 GB if not given.
+          progress: whether to show a progress bar; left out, only on a terminal.
+
+        Raises:
+          PackageExistsError: there is a package, or something that is no package.
+          LeafError: weights cannot be saved: they were deleted, say.
+          OSError: the disk is full, the directory is read-only, ….
+        """
+        from obmlite import _saving
+
+        total = sum(w.nbytes for w in self.weights.values())
+        disable = None if progress is None else not progress
+        label = f"saving {os.path.basename(os.path.normpath(os.fspath(path)))}"
+        with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=disable, delay=1) as bar:
+            _saving.save(
+                self, path, overwrite=overwrite, file_bytes=max_file_bytes or _saving.FILE_BYTES, progress=bar.update
+            )
+
+    def __repr__(self) -> str:
+        lines = [f"Model{f' at {self.path}' if self.path else ''}"]
+        for heading, mapping in (("functions", self.functions), ("weights", self.weights), ("pipelines", self.pipelines)):
+            if mapping:
+                lines.append(f"  {heading}")
+            lines.extend(f"    {_line(mapping, name)}" for name in mapping)
+        if self.metadata:
+            lines.append(f"  metadata: {', '.join(map(str, self.metadata))}")
+        return "\n".join(lines)
+
+
+def _line(mapping: Mapping[str, Any], name: str) -> str:
+    try:
+        value = mapping[name]
+    except ObmliteError as error:
+        return f"{name}: {error.problem} {error.found or ''}".rstrip()
+    if isinstance(value, Weights):
+        return f"{name}: {value.tree.num_leaves} leaves, {value.num_parameters:,} parameters, {size(value.nbytes)}"
+    return f"{name}{value.signature}"
+
+
+def _bind(
+    name: str, pipeline: Pipeline, functions: Mapping[str, Function], weights: Mapping[str, Weights]
+) -> BoundPipeline:
+    if pipeline.function not in functions:
+        raise ArgumentError(
+            "A pipeline names a function that is not there.",
+            object=name,
+            expected=", ".join(functions) or "a function",
+            found=pipeline.function,
+        )
+    function = functions[pipeline.function]
+    bindings = pipeline.bindings(function)
+    for binding in bindings:
+        if binding.weights not in weights:
+            raise ArgumentError(
+                "A pipeline names weights that are not there.",
+                object=name,
+                leaf=binding.argument,
+                expected=", ".join(weights) or "weights",
+                found=binding.weights,
+            )
+    return BoundPipeline(name, function, bindings, weights, pipeline.metadata)
+
+
+def _argument_names(fn: Callable[..., Any], count: int, keywords: Sequence[str]) -> list[str]:
+    """The names that positional arguments have in a signature."""
+    given, _ = _exporting.name_arguments(fn, [None] * count, dict.fromkeys(keywords), ())
+    return [a.name for a in given if isinstance(a.place, int)]
+
+
+def _chosen(
+    weights: int | str | Sequence[int | str] | Mapping[str, str] | None, names: Sequence[str]
+) -> dict[str, str]:
+    """Argument → name of its weights."""
+    if weights is None:
+        return {}
+    if isinstance(weights, Mapping):
+        return dict(weights)
+    chosen: dict[str, str] = {}
+    for choice in [weights] if isinstance(weights, (int, str)) else weights:
+        if isinstance(choice, int) and not -len(names) <= choice < len(names):
+            raise ExportError(
+                "The argument that is to be weights was not given.",
+                field="weights",
+                expected=f"one of {len(names)} positional arguments",
+                found=str(choice),
+                fix="weights=None for a function without weights",
+            )
+        argument = names[choice] if isinstance(choice, int) else choice
+        chosen[argument] = argument
+    return chosen
+
+
+# --- loading
+
+
+def load(path: str | os.PathLike[str], *, mmap: bool = True) -> Model:
+    """Opens a package. Only its manifest is read; everything else when it is first used.
+
+    Args:
+      path: the package's directory.
+      mmap: whether weights may be mapped; off where the file system is unsafe or slow to map, as over a network.
+
+    Raises:
+      PackageNotFoundError: there is no package at the path.
+      CorruptPackageError: the manifest is not what was saved.
+      UnsupportedFormatError: the package needs a newer obmlite.
+    """
+    store = LocalDirectory(path, mmap=mmap)
+    with context(package=store.name):
+        return _open(store, decode(read_manifest(store)))
+
+
+def read_manifest(store: Store) -> bytes:
+    """The manifest's bytes.
+
+    Raises:
+      PackageNotFoundError: there is none, so this is no package.
+    """
+    try:
+        source = store.open(MANIFEST)
+    except MissingFileError as error:
+        raise PackageNotFoundError(
+            "The directory is no package: it has no manifest.", package=store.name, expected=MANIFEST
+        ) from error
+    try:
+        return source.read(0, source.size)
+    finally:
+        source.close()
+
+
+def _open(store: Store, manifest: records.ManifestRecord) -> Model:
+    def function(name: str) -> Function:
+        record = manifest.functions[name]
+        signature = Signature(
+            record.inputs,
+            record.primal.arguments[: record.inputs.num_leaves],
+            record.outputs,
+            record.primal.results,
+            record.argument_kinds,
+            record.constraints,
+            record.fixed,
+        )
+        file = manifest.files[record.primal.file]
+        return Function(
+            name,
+            signature,
+            record.primal,
+            lambda: read_file(store, file),
+            metadata=record.metadata,
+            bindings=record.bindings,
+            package=store.name,
+        )
+
+    def weights(name: str) -> Weights:
+        record = manifest.weights[name]
+        source = StoredSource(WeightsFiles(store, manifest.files, record))
+        return Weights.from_source(record.tree, record.specs, source, record.metadata)
+
+    def pipeline(name: str) -> BoundPipeline:
+        record = manifest.pipelines[name]
+        with context(object=name):
+            if len(record.steps) != 1 or record.steps[0].role is not records.StepRole.MODEL or record.pass_through:
+                raise UnsupportedFormatError("The pipeline has processors, which this obmlite does not run.")
+            step = record.steps[0]
+            if step.function not in manifest.functions:
+                raise CorruptPackageError("A pipeline names a function that is not there.", found=step.function)
+            for binding in step.bindings:
+                if binding.weights not in manifest.weights:
+                    raise CorruptPackageError("A pipeline names weights that are not there.", found=binding.weights)
+        return BoundPipeline(name, functions[step.function], step.bindings, all_weights, record.metadata)
+
+    functions = _Lazy(list(manifest.functions), function)
+    all_weights = _Lazy(list(manifest.weights), weights)
+    pipelines = _Lazy(list(manifest.pipelines), pipeline)
+    model = Model.__new__(Model)
+    model._set(functions, all_weights, pipelines, manifest.default_pipeline, manifest.metadata, store.name)
+    return model
+
+
+def read_file(store: Store, record: records.FileRecord) -> bytes:
+    """All bytes of a file that is no weights file.
+
+    Raises:
+      CorruptPackageError: they are not those that were saved.
+    """
+    source = store.open(record.path)
+    try:
+        if source.size != record.length:
+            raise CorruptPackageError(
+                "A file has another length than the manifest says.",
+                field="length",
+                expected=f"{record.path}: {record.length} bytes",
+                found=f"{source.size} bytes",
+            )
+        data = source.read(0, source.size)
+    finally:
+        source.close()
+    found = digest.sha256(data)
+    if found != record.digest:
+        raise CorruptPackageError(
+            "A file's digest does not match: its bytes were changed.",
+            field="digest",
+            expected=f"{record.path}: {record.digest.hex()}",
+            found=found.hex(),
+        )
+    return data

@@ -1,0 +1,147 @@
+"""Pipelines: a function with weights bound to its arguments, to be called with the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from obmlite.errors import ArgumentError, ObmliteError, context
+from obmlite.function import JAX_ERRORS
+from obmlite.schema.records import Binding
+
+if TYPE_CHECKING:
+    from obmlite.function import Function
+    from obmlite.signature import Signature
+    from obmlite.weights import Weights
+
+__all__ = ["BoundPipeline", "Pipeline"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """Which function of a model to run, with which of its weights.
+
+    Attributes:
+      function: name of a function of the model.
+      weights: argument of the function → name of a weights object of the model. Left out, the bindings that the
+        function was exported with.
+      metadata: what else to keep with it.
+    """
+
+    function: str
+    weights: Mapping[str, str] | None = None
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def bindings(self, function: Function) -> tuple[Binding, ...]:
+        """What is bound to the function's arguments."""
+        if self.weights is None:
+            return function.bindings
+        return tuple(Binding(argument, weights) for argument, weights in self.weights.items())
+
+
+class BoundPipeline:
+    """A pipeline of a model, called with the arguments that are not bound.
+
+    Weights are restored at the first call, once, and never donated.
+
+    Attributes:
+      name: its name in the model.
+      function: the function that it runs.
+      bindings: which weights its arguments take.
+      signature: its arguments, those that are bound left out, and its results.
+      metadata: what the user attached.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Function,
+        bindings: Sequence[Binding],
+        weights: Mapping[str, Weights],
+        metadata: Mapping[str, Any],
+    ) -> None:
+        self.name = name
+        self.function = function
+        self.bindings = tuple(bindings)
+        self.metadata = dict(metadata)
+        self._weights = {b.argument: _subtree(weights[b.weights], b) for b in self.bindings}
+        with context(object=name):
+            for argument, bound in self._weights.items():
+                _check_binding(function, argument, bound)
+        self.signature: Signature = function.signature.without(tuple(self._weights))
+        self._lock = threading.Lock()
+
+    @functools.cached_property
+    def _call(self) -> Callable[..., Any]:
+        with self._lock:
+            if "_call" in self.__dict__:  # another thread made it while this one waited
+                return self.__dict__["_call"]  # type: ignore[no-any-return]
+            # A flat tuple: JAX takes it apart at each call, and does so faster than a nested dict.
+            weights = tuple(tuple(w.restore_leaves()) for w in self._weights.values())
+            trees = {argument: w.tree for argument, w in self._weights.items()}
+            function, signature = self.function, self.signature
+
+            def run(flat: tuple[tuple[Any, ...], ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                bound = {a: tree.unflatten(leaves) for (a, tree), leaves in zip(trees.items(), flat, strict=True)}
+                given = signature.bind(args, kwargs)
+                return function.trace({**bound, **given})
+
+            run.__name__ = self.name
+            jitted = jax.jit(run)
+            function.load()
+            return lambda *args, **kwargs: jitted(weights, args, kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the function on the bound weights and the given arguments.
+
+        Raises:
+          ArgumentError: the arguments do not match the signature; it names the leaf, what was expected and what came.
+          PlatformError: the function was not exported for the platform that it would run on.
+        """
+        call = self._call
+        try:
+            return call(*args, **kwargs)
+        except ObmliteError:
+            raise
+        except JAX_ERRORS as error:
+            self.function.explain(error, self.signature, args, kwargs)
+            raise
+
+    def __repr__(self) -> str:
+        bound = "".join(f", {b.argument} = {b.weights!r}" for b in self.bindings)
+        return f"Pipeline {self.name}{self.signature}: {self.function.name}{bound}"
+
+
+def _subtree(weights: Weights, binding: Binding) -> Weights:
+    return weights.at(binding.subtree) if binding.subtree else weights
+
+
+def _check_binding(function: Function, argument: str, weights: Weights) -> None:
+    """Compares the leaves of weights with those of the argument that they are bound to.
+
+    Raises:
+      ArgumentError: they differ.
+    """
+    if argument not in function.signature.arguments:
+        raise ArgumentError(
+            "Weights are bound to an argument that the function does not have.",
+            leaf=argument,
+            expected=", ".join(function.signature.arguments),
+        )
+    tree, specs = function.signature.argument(argument)
+    wanted = dict(zip(tree.names, specs, strict=True))
+    found = dict(zip(weights.tree.names, weights.specs, strict=True))
+    for name in [*wanted, *(n for n in found if n not in wanted)]:
+        left, right = wanted.get(name), found.get(name)
+        if left is None or right is None or (left.shape, left.kind) != (right.shape, right.kind):
+            raise ArgumentError(
+                "Weights do not fit the argument that they are bound to.",
+                leaf=f"{argument}.{name}" if name else argument,
+                expected=str(left or "no such leaf"),
+                found=str(right or "no such leaf"),
+            )

@@ -1,0 +1,350 @@
+"""Weights: a named, lazy pytree of tensors.
+
+In memory and loaded from a package they are the same thing. Nothing is read before it is asked for: names, shapes
+and dtypes come from the manifest, values from a memory map (or positioned reads) of the safetensors files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from obmlite import _arrays, dtypes
+from obmlite import tree as trees
+from obmlite.errors import RestoreError, context
+from obmlite.specs import TensorSpec
+from obmlite.tree import Key, Kind, Tree
+
+if TYPE_CHECKING:
+    from obmlite._tensors import Tensor, TensorSource
+
+__all__ = ["LazyArray", "Weights"]
+
+Array: TypeAlias = _arrays.Array
+DTypeChoice: TypeAlias = "Any | Callable[[str, TensorSpec], Any]"
+
+
+class LazyArray:
+    """One leaf of weights: known by name, shape and dtype, read when asked.
+
+    ``np.asarray(leaf)`` is its values, without a copy where the file's bytes are the array's; the result is read-only.
+    ``leaf[:2]`` reads only that slice. :meth:`restore` makes a ``jax.Array``. A PRNG key's values are its key data,
+    uint32 with the implementation's trailing dimensions.
+
+    Attributes:
+      name: its path in the weights, joined by ``.``.
+      spec: shape, dtype and placement hints.
+    """
+
+    def __init__(self, name: str, spec: TensorSpec, tensor: Tensor) -> None:
+        self.name = name
+        self.spec = spec
+        self._tensor = tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Size of each dimension."""
+        return self.spec.shape  # type: ignore[return-value]
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype as JAX has it: a numpy dtype, or a key dtype."""
+        return self.spec.dtype
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.spec.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return _arrays.number_of(self.spec)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in a file."""
+        return _arrays.nbytes(self.spec)
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("len() of a scalar")
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return np.array(self._tensor.whole(), dtype=dtype, copy=copy)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The values at an index, as numpy has it; of a file only what a basic index covers is read."""
+        return self._tensor.part(index)
+
+    def restore(self, *, dtype: Any = None) -> Any:
+        """The leaf as a ``jax.Array`` on the default device, uncommitted.
+
+        Args:
+          dtype: dtype to cast to, if of the same family (float, integer, complex).
+
+        Raises:
+          RestoreError: it has 64-bit numbers and JAX does not hold them.
+        """
+        return _restore([self], dtype)[0]
+
+    def __repr__(self) -> str:
+        return f"LazyArray({self.name!r}, {self.spec}, {self._tensor.where})"
+
+
+class Weights(Mapping[Key, Any]):
+    """A named, lazy pytree of tensors.
+
+    ``weights["Dense_0"]["kernel"]`` goes down the pytree by its own keys (indices of sequences, fields of
+    namedtuples): to another ``Weights`` on the way, to a :class:`LazyArray` at a leaf. :attr:`flat` has all leaves by
+    their full names.
+
+    Args:
+      value: the pytree; its leaves are arrays or Python numbers. Leaves that are one object or one buffer are tied:
+        saved once, restored as one array. The pytree is not changed, and its arrays are not copied.
+      metadata: what else to keep with them: None, bool, int, float, str, bytes, and lists and dicts of these.
+
+    Raises:
+      LeafError: a leaf, key or node is of a kind that cannot be saved; ``leaf`` names it.
+    """
+
+    def __init__(self, value: Any, *, metadata: Mapping[str, Any] | None = None) -> None:
+        from obmlite._tensors import MemorySource
+
+        leaves, tree = trees.flatten(value)
+        specs = []
+        for leaf, name in zip(leaves, tree.names, strict=True):
+            with context(leaf=name):
+                specs.append(_arrays.check_leaf(leaf))
+        trees.pack_static(dict(metadata or {}))
+        self._set(tree, tuple(specs), MemorySource(leaves, specs), dict(metadata or {}))
+
+    def _set(
+        self, tree: Tree, specs: Sequence[TensorSpec], source: TensorSource, metadata: Mapping[str, Any], prefix: tuple[str, ...] = ()
+    ) -> None:
+        self._tree = tree
+        self._specs = specs
+        self._source = source
+        self._prefix = prefix
+        self.metadata = metadata
+
+    @classmethod
+    def from_source(
+        cls, tree: Tree, specs: Sequence[TensorSpec], source: TensorSource, metadata: Mapping[str, Any], prefix: tuple[str, ...] = ()
+    ) -> Weights:
+        """Weights over any source of tensors."""
+        self = cls.__new__(cls)
+        self._set(tree, specs, source, metadata, prefix)
+        return self
+
+    # --- looking
+
+    @property
+    def tree(self) -> Tree:
+        """The pytree without its leaves."""
+        return self._tree
+
+    @property
+    def specs(self) -> Sequence[TensorSpec]:
+        """Shape and dtype of each leaf, in the pytree's order."""
+        return self._specs
+
+    @property
+    def source(self) -> TensorSource:
+        """Where the tensors are."""
+        return self._source
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """The name of each leaf, in the pytree's order; below the top it begins with the path to here."""
+        if not self._prefix:
+            return self._tree.names
+        return tuple(trees.join([*self._prefix, *trees.split_name(n)]) for n in self._tree.names)
+
+    @functools.cached_property
+    def flat(self) -> Mapping[str, LazyArray]:
+        """All leaves by name."""
+        return {name: self._leaf(n) for n, name in enumerate(self.names)}
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, tied ones once."""
+        return sum(_arrays.nbytes(self._specs[n]) for n in self._distinct())
+
+    @functools.cached_property
+    def num_parameters(self) -> int:
+        """Elements of all tensors, tied ones once."""
+        return sum(_arrays.number_of(self._specs[n]) for n in self._distinct())
+
+    def _distinct(self) -> list[int]:
+        """One leaf of each tensor."""
+        return list({self._source.number(n): n for n in range(len(self._specs) - 1, -1, -1)}.values())
+
+    def _leaf(self, leaf: int) -> LazyArray:
+        return LazyArray(self.names[leaf], self._specs[leaf], self._source.tensor(leaf))
+
+    def __getitem__(self, key: Key) -> Any:
+        child = self._tree.child(0, key)
+        if child is None:
+            raise KeyError(f"{key!r}; there are {_some(list(self))}")
+        first, last = self._tree.first_leaf[child], self._tree.first_leaf[self._tree.ends[child]]
+        if self._tree.kinds[child] == Kind.LEAF:
+            return self._leaf(first)
+        prefix = (*self._prefix, trees.key_text(key))
+        return Weights.from_source(
+            self._tree.subtree(child), self._specs[first:last], self._source.narrow(first, last), {}, prefix
+        )
+
+    def at(self, name: str) -> Weights:
+        """The subtree of a name, as names of leaves are made.
+
+        Raises:
+          KeyError: there is none, or it is a leaf.
+        """
+        prefix = tuple(trees.split_name(name))
+        found: Any = self
+        for component in prefix:
+            keys = [key for key in found if trees.key_text(key) == component] if isinstance(found, Weights) else []
+            if not keys:
+                raise KeyError(f"{name!r}; there are {_some(self.names)}")
+            found = found[keys[0]]
+        if not isinstance(found, Weights):
+            raise KeyError(f"{name!r} is a leaf")
+        return found
+
+    def __iter__(self) -> Iterator[Key]:
+        return (self._tree.keys[child] for child in self._tree.children(0))  # type: ignore[misc]
+
+    def __len__(self) -> int:
+        return self._tree.arities[0]
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
+    def lazy(self) -> Any:
+        """The pytree, in its own containers, of :class:`LazyArray`."""
+        return self._tree.unflatten(list(self.flat.values()))
+
+    def __repr__(self) -> str:
+        place = f" at {trees.join(self._prefix)!r}" if self._prefix else ""
+        head = f"Weights{place}: {self._tree.num_leaves} leaves, {self.num_parameters:,} parameters, {size(self.nbytes)}"
+        lines = [f"  {name or '(the leaf)'}: {spec}" for name, spec in zip(self.names[:20], self._specs, strict=False)]
+        more = self._tree.num_leaves - len(lines)
+        return "\n".join([head, *lines, *([f"  … {more} more leaves"] if more else [])])
+
+    # --- restoring
+
+    def restore_leaves(self, *, dtype: DTypeChoice = None) -> list[Any]:
+        """:meth:`restore` without the containers: the leaves in the pytree's order."""
+        return _restore([self._leaf(n) for n in range(len(self._specs))], dtype)
+
+    def restored(self, *, dtype: DTypeChoice = None) -> Weights:
+        """These weights, in memory: :meth:`restore` in the form of weights."""
+        from obmlite._tensors import MemorySource
+
+        leaves = self.restore_leaves(dtype=dtype)
+        specs = [
+            dataclasses.replace(spec, kind=dtypes.of(leaf)) for spec, leaf in zip(self._specs, leaves, strict=True)
+        ]
+        return Weights.from_source(self._tree, specs, MemorySource(leaves, specs), self.metadata, self._prefix)
+
+    def restore(self, *, select: str | Sequence[str] | None = None, dtype: DTypeChoice = None) -> Any:
+        """The pytree, in its own containers, of ``jax.Array`` on the default device, uncommitted.
+
+        On CPU, arrays whose bytes are aligned in the file are used in place: they cost neither time nor memory until
+        they are read. Tied leaves are one array.
+
+        Args:
+          select: names of leaves or subtrees, or glob patterns over names, to restore only those. What is not
+            selected is left out of dicts, and is None in sequences and other containers.
+          dtype: a dtype to cast leaves of the same family (float, integer, complex) to; or a function from a leaf's
+            name and spec to one, or to None for no change.
+
+        Raises:
+          RestoreError: a leaf has 64-bit numbers and JAX does not hold them, or ``select`` matches nothing.
+          CorruptPackageError: a file is not what the manifest says.
+        """
+        if select is None:
+            return self._tree.unflatten(self.restore_leaves(dtype=dtype))
+        chosen = _select(self.names, [select] if isinstance(select, str) else select)
+        arrays = _restore([self._leaf(n) for n in chosen], dtype)
+        return self._tree.unflatten_some(dict(zip(chosen, arrays, strict=True)))
+
+
+def _some(keys: Sequence[Any]) -> str:
+    shown = ", ".join(repr(k) for k in keys[:8])
+    return f"{shown}, … ({len(keys)} in all)" if len(keys) > 8 else shown or "none"
+
+
+def size(nbytes: float) -> str:
+    """A number of bytes for people, in powers of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if nbytes < 1024 or unit == "TiB":
+            break
+        nbytes /= 1024
+    return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+
+
+def _restore(leaves: Sequence[LazyArray], dtype: DTypeChoice) -> list[Any]:
+    choose = dtype if callable(dtype) and not isinstance(dtype, type) else lambda _name, _spec: dtype
+    numbers: dict[Any, int] = {}
+    values: list[Array] = []
+    specs: list[TensorSpec] = []
+    places = []
+    for leaf in leaves:
+        target = _arrays.cast_to(leaf.spec, choose(leaf.name, leaf.spec))
+        _arrays.check_x64(leaf.spec, leaf.name, target)
+        # Tied leaves that are wanted alike are one array.
+        key = (leaf._tensor.key, str(target), leaf.spec.weak_type)
+        if key not in numbers:
+            numbers[key] = len(values)
+            with context(leaf=leaf.name):
+                value = leaf._tensor.for_device()
+            if target is not None:
+                value = value.astype(target)
+            values.append(value)
+            specs.append(leaf.spec)
+        places.append(numbers[key])
+    arrays = _arrays.to_device(values, specs)
+    return [arrays[place] for place in places]
+
+
+def _select(names: Sequence[str], patterns: Sequence[str]) -> list[int]:
+    chosen: set[int] = set()
+    for pattern in patterns:
+        found = {
+            n
+            for n, name in enumerate(names)
+            if name == pattern or name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
+        }
+        if not found:
+            raise RestoreError(
+                "A selection matches no leaf.",
+                field="select",
+                expected=f"names or globs among {_some(names)}",
+                found=repr(pattern),
+            )
+        chosen |= found
+    return sorted(chosen)
+
+
+def check_not_lazy(value: Any, name: str) -> None:
+    """Refuses a lazy leaf where an array is needed.
+
+    Raises:
+      RestoreError: it is one.
+    """
+    if isinstance(value, (LazyArray, Weights)):
+        kind = type(value).__name__
+        raise RestoreError(
+            f"An argument is a {kind}, which has no values in memory yet.", leaf=name, fix="call .restore() on it first"
+        )
+
