@@ -25,7 +25,9 @@ def check_leaf(leaf: Any) -> TensorSpec:
     spec = TensorSpec.of(leaf)
     if isinstance(leaf, jax.core.Tracer):
         raise LeafError(
-            "A leaf is being traced and has no value to save.", found=str(leaf)[:200], fix="save outside of jit and grad"
+            "A leaf is being traced and has no value to save.",
+            found=str(leaf)[:200],
+            fix="save outside of jit and grad",
         )
     if isinstance(leaf, jax.Array):
         if leaf.is_deleted():
@@ -41,7 +43,7 @@ def check_leaf(leaf: Any) -> TensorSpec:
                 found=str(leaf.sharding),
                 fix="gather it first, as with jax.experimental.multihost_utils.process_allgather",
             )
-    elif isinstance(leaf, jax.ShapeDtypeStruct):
+    elif isinstance(leaf, (jax.ShapeDtypeStruct, TensorSpec)):
         raise LeafError("A leaf has a shape and a dtype but no values to save.", found=str(spec))
     return spec
 
@@ -50,9 +52,10 @@ def to_host(leaf: Any, spec: TensorSpec) -> Array:
     """A leaf's values in host memory, without a copy where they are there already; a key's are its key data."""
     if isinstance(leaf, (bool, int, float, complex)):
         return np.asarray(leaf, spec.kind.numpy)
-    if spec.kind.is_key:
+    if spec.kind.is_key and isinstance(leaf, jax.Array):
         return np.asarray(jax.random.key_data(leaf))
-    return np.asarray(leaf)
+    held = np.asarray(leaf)
+    return held if held.dtype.isnative else held.astype(held.dtype.newbyteorder("="))
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -67,12 +70,18 @@ def cast_to(spec: TensorSpec, dtype: Any) -> np.dtype[Any] | None:
     """The dtype that a request turns a leaf into: floats become floats, integers integers; None for no change."""
     if dtype is None or spec.kind.is_key or not spec.kind.storage:
         return None
-    target = np.dtype(dtype)
+    try:
+        target = np.dtype(dtype)
+    except TypeError as error:
+        raise RestoreError("There is no dtype of that name.", field="dtype", found=repr(dtype)) from error
     for family in (np.floating, np.integer, np.complexfloating):
         if jax.dtypes.issubdtype(target, family):
             return target if jax.dtypes.issubdtype(spec.kind.numpy, family) and target != spec.kind.numpy else None
     raise RestoreError(
-        "Weights cannot be cast to this dtype.", field="dtype", expected="a float, integer or complex dtype", found=target
+        "Weights cannot be cast to this dtype.",
+        field="dtype",
+        expected="a float, integer or complex dtype",
+        found=target,
     )
 
 
@@ -83,15 +92,16 @@ def check_x64(spec: TensorSpec, name: str, target: np.dtype[Any] | None) -> None
       RestoreError: the leaf has 64-bit numbers and ``jax_enable_x64`` is off.
     """
     wanted = target or (None if spec.kind.is_key or not spec.kind.storage else spec.kind.numpy)
-    if wanted is not None and jax.dtypes.canonicalize_dtype(wanted) != wanted:
+    if wanted is None:
+        return
+    canonical = jax.dtypes.canonicalize_dtype(wanted)
+    if canonical != wanted:
         raise RestoreError(
             "A leaf has 64-bit numbers, which JAX holds only with jax_enable_x64.",
             leaf=name,
-            expected=str(jax.dtypes.canonicalize_dtype(wanted)),
+            expected=str(canonical),
             found=str(wanted),
-            fix='jax.config.update("jax_enable_x64", True), or restore(dtype="float32")'
-            if wanted.kind != "i"
-            else 'jax.config.update("jax_enable_x64", True), or restore(dtype=…)',
+            fix=f'jax.config.update("jax_enable_x64", True), or restore(dtype="{canonical}")',
         )
 
 

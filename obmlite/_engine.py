@@ -26,7 +26,7 @@ def load(module: ModuleRecord, blob: bytes) -> FlatCall:
     """
     try:
         exported = jax_export.deserialize(bytearray(blob))
-    except Exception as error:  # noqa: BLE001 - the reader raises anything from struct.error to RecursionError
+    except Exception as error:
         raise UnsupportedFormatError(
             "This JAX does not read the function.",
             expected=f"jax {jax.__version__}",
@@ -69,6 +69,6 @@ def explain(error: Exception, module: ModuleRecord, leaves: Sequence[Any]) -> Ob
 def _platform(leaves: Sequence[Any]) -> str:
     for leaf in leaves:
         if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.committed:
-            return next(iter(leaf.sharding.device_set)).platform
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
-    return getattr(device, "platform", None) or jax.default_backend()
+            return str(next(iter(leaf.sharding.device_set)).platform)
+    device = jax.config.jax_default_device
+    return str(getattr(device, "platform", device) or jax.default_backend())

@@ -18,7 +18,7 @@ import jax
 import jaxlib
 from jax import export as jax_export
 
-from obmlite import _stablehlo, specs
+from obmlite import _stablehlo, dims, specs
 from obmlite import tree as trees
 from obmlite.errors import ExportError, LeafError, context
 from obmlite.schema.records import ArgumentKind, FixedArgument, FixedKind, ModuleFormat, ModuleRecord
@@ -79,7 +79,8 @@ def export(
     for leaf_name, leaf in zip(tree.names, leaves, strict=True):
         with context(leaf=leaf_name):
             leaf_specs.append(TensorSpec.of(leaf))
-    constraints = [*constraints, *(c for c in _constraints_of(leaves) if c not in constraints)]
+    texts = [*constraints, *_constraints_of(leaves)]
+    constraints = list(dict.fromkeys(dims.parse_constraint(text).text for text in texts))
     structs = specs.to_jax(leaf_specs, constraints)
     rebuild = _rebuilder([a.value for a in arguments], leaves, tree)
     outputs: list[trees.Tree] = []
@@ -194,9 +195,7 @@ def _parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
 
 def _check_required(parameters: Sequence[inspect.Parameter], names: Sequence[str]) -> None:
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    missing = [
-        p.name for p in parameters if p.name not in names and p.default is p.empty and p.kind not in variable
-    ]
+    missing = [p.name for p in parameters if p.name not in names and p.default is p.empty and p.kind not in variable]
     if missing:
         raise ExportError(
             "The function needs an argument that was not given.",
@@ -218,7 +217,7 @@ def _rebuilder(values: list[Any], leaves: list[Any], tree: trees.Tree) -> Callab
     """Puts traced leaves into the containers that the user gave, which our tree may hold only a plain view of."""
     jax_leaves, treedef = jax.tree.flatten(values)
     if len(jax_leaves) == len(leaves) and all(a is b for a, b in zip(jax_leaves, leaves, strict=True)):
-        return lambda traced: jax.tree.unflatten(treedef, traced)  # type: ignore[no-any-return]
+        return lambda traced: list(jax.tree.unflatten(treedef, traced))
     return lambda traced: list(tree.unflatten(traced).values())
 
 

@@ -18,8 +18,8 @@ from obmlite._version import __version__
 from obmlite.errors import context
 from obmlite.io import digest, safetensors
 from obmlite.io.commit import Transaction
-from obmlite.schema import decode
 from obmlite.schema import records as r
+from obmlite.schema.decode import decode
 from obmlite.schema.encode import encode
 from obmlite.weights import Weights
 
@@ -38,22 +38,27 @@ _QUEUED = 8  # chunks that are being hashed at one time; bounds what is kept of 
 Progress = Callable[[int], Any]
 
 
-def save(
-    model: Model, path: str | os.PathLike[str], *, overwrite: bool, file_bytes: int, progress: Progress
-) -> None:
+def save(model: Model, path: str | os.PathLike[str], *, overwrite: bool, file_bytes: int, progress: Progress) -> None:
     """Writes a package; the path holds the old package, or nothing, until all of it is there."""
     # Opened before anything is removed: the model may have been loaded from this very path, some saves ago.
     blobs = {name: function.blob() for name, function in model.functions.items()}
     for weights in model.weights.values():
         weights.source.open()
-    with context(package=os.fspath(path)), Transaction(path, overwrite=overwrite, named=_named) as transaction:
+    previous: list[str] = []
+
+    def named(manifest: bytes) -> list[str]:
+        before = decode(manifest)
+        previous.extend(before.weights)
+        return list(before.files)
+
+    with context(package=os.fspath(path)), Transaction(path, overwrite=overwrite, named=named) as transaction:
         files: dict[str, r.FileRecord] = {}
         functions = {
             name: _function(transaction, name, function, blobs[name], files)
             for name, function in model.functions.items()
         }
         weights_records: dict[str, r.WeightsRecord] = {}
-        indices: dict[str, bytes | None] = {}
+        indices: dict[str, bytes | None] = {index_path(name): None for name in previous}
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
             for name, weights in model.weights.items():
                 with context(object=name):
@@ -84,10 +89,6 @@ def save(
                 transaction.withdraw(index)
 
 
-def _named(manifest: bytes) -> list[str]:
-    return list(decode(manifest).files)
-
-
 def slug(name: str) -> str:
     """What of an object's name may stand in a file's; the manifest holds the name itself."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)[:80].lstrip(".") or "object"
@@ -95,7 +96,10 @@ def slug(name: str) -> str:
 
 def index_path(name: str) -> str:
     """Where a weights object's index for other tools is."""
-    return f"weights/{slug(name)}.safetensors.index.json"
+    own = slug(name)
+    if own != name:  # another object's name may have the same slug
+        own += f"-{digest.sha256(name.encode()).hex()[:8]}"
+    return f"weights/{own}.safetensors.index.json"
 
 
 def _function(

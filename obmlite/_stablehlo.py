@@ -16,8 +16,6 @@ from jax.extend.mlir.dialects import chlo, sdy, stablehlo
 OLDEST_TARGET = "1.14.0"
 """StableHLO of the oldest JAX that obmlite supports (0.9.2), so that it can run what newer ones save."""
 
-_DURABLE = frozenset({"builtin", "func", "stablehlo", "vhlo", "chlo"})
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Constant:
@@ -81,11 +79,6 @@ def normalise(artifact: bytes) -> Module:
         tuple(sorted(dialects)),
         tuple(sorted(constants, key=lambda c: (-c.nbytes, c.type))),
     )
-
-
-def durable(dialects: tuple[str, ...]) -> bool:
-    """Whether StableHLO's compatibility promise covers all of a module."""
-    return _DURABLE.issuperset(dialects)
 
 
 def _targets() -> list[str]:

@@ -118,14 +118,13 @@ class MemorySource:
         )
         return part
 
-
     def open(self) -> None:
         """Nothing is to be opened."""
 
 
 def _identity(leaf: Any, spec: TensorSpec, number: int) -> Any:
-    """Equal for leaves that are one object or one buffer, which are tied; small Python numbers say nothing so."""
-    if isinstance(leaf, (bool, int, float, complex)):
+    """Equal for leaves that are one object or one buffer, which are tied; that numbers are one object says nothing."""
+    if isinstance(leaf, (bool, int, float, complex, np.generic)):
         return number, None
     if spec.kind.is_key or not _arrays.nbytes(spec):
         return id(leaf), "object"
@@ -133,9 +132,10 @@ def _identity(leaf: Any, spec: TensorSpec, number: int) -> Any:
         if len(leaf.sharding.device_set) > 1:
             return id(leaf), "object"
         return leaf.unsafe_buffer_pointer(), spec.shape, spec.kind, None
-    host = np.asarray(leaf)
-    strides = None if host.flags.c_contiguous else host.strides
-    return host.__array_interface__["data"][0], spec.shape, spec.kind, strides
+    if not isinstance(leaf, np.ndarray):  # its buffer may be made for each look at it, and then the next one's too
+        return id(leaf), "object"
+    strides = None if leaf.flags.c_contiguous and leaf.dtype.isnative else (leaf.strides, leaf.dtype.str)
+    return leaf.__array_interface__["data"][0], spec.shape, spec.kind, strides
 
 
 # --- in a package
@@ -144,7 +144,9 @@ def _identity(leaf: Any, spec: TensorSpec, number: int) -> Any:
 class WeightsFile:
     """A safetensors file, opened and compared with the manifest."""
 
-    def __init__(self, source: ByteSource, record: FileRecord, pieces: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    def __init__(
+        self, source: ByteSource, record: FileRecord, pieces: Mapping[str, tuple[str, tuple[int, ...]]]
+    ) -> None:
         """Opens it.
 
         Args:
@@ -203,7 +205,7 @@ class WeightsFile:
             return np.frombuffer(mapped, np.uint8, nbytes, offset)
         buffer = _arrays.aligned_empty((nbytes,), np.dtype(np.uint8))
         if nbytes:
-            self.source.read_into(offset, memoryview(buffer))
+            self.source.read_into(offset, buffer.data)
         buffer.flags.writeable = False
         return buffer
 
@@ -223,10 +225,9 @@ class WeightsFiles:
         """What the manifest says."""
         return self._weights
 
-    @property
-    def place(self) -> str:
-        """For people."""
-        return self._store.name
+    def record(self, path: str) -> FileRecord:
+        """What the manifest says of a file."""
+        return self._records[path]
 
     def __call__(self, path: str) -> WeightsFile:
         file = self._open.get(path)
@@ -392,6 +393,7 @@ class StoredSource:
         return tensor if tensor >= 0 else ("float0", leaf)
 
     def narrow(self, first: int, last: int) -> StoredSource:
+        del last  # the files stay the same
         return StoredSource(self._files, self._first + first)
 
     def open(self) -> None:

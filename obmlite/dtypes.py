@@ -404,9 +404,11 @@ def _plain(code: int, name: str, storage: str, tail: tuple[int, ...] = ()) -> DT
 
 def _held_dtype(name: str) -> np.dtype[Any]:
     if name == "float0":
-        return np.dtype(jax.dtypes.float0)
+        float0: np.dtype[Any] = np.dtype(jax.dtypes.float0)
+        return float0
     # ml_dtypes first: the names are its own until numpy has types of the same name, which would be others.
-    return np.dtype(getattr(ml_dtypes, name, name))
+    held: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name, name))
+    return held
 
 
 ALL: Final[tuple[DType, ...]] = (
@@ -518,7 +520,7 @@ def _of_key(dtype: Any) -> DType:
         return jax.random.key_data(keys)
 
     # Public JAX tells the implementation of an array, not of a dtype; an abstract array will do.
-    key = jax.ShapeDtypeStruct((), dtype)  # type: ignore[no-untyped-call]
+    key = jax.ShapeDtypeStruct((), dtype)
     data = jax.eval_shape(look, key)
     impl = found[0]
     # A PRNG that is not registered is known by an object, and no other process could find it.

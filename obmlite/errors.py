@@ -68,6 +68,11 @@ class ObmliteError(Exception):
         facts = ((name, getattr(self, name)) for name in _FACTS)
         return "\n".join([self.problem, *(f"  {name}: {value}" for name, value in facts if value is not None)])
 
+    def facts(self) -> dict[str, str]:
+        """The problem and whatever is known of it, as text."""
+        known = {name: getattr(self, name) for name in _FACTS}
+        return {"problem": self.problem, **{name: str(value) for name, value in known.items() if value is not None}}
+
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild, (type(self), self.problem, {name: getattr(self, name) for name in _FACTS}))
 

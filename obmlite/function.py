@@ -129,9 +129,7 @@ class Function:
     def bound_to(self, weights: Mapping[str, str]) -> Function:
         """The function with a note of the weights (argument → name) that it is saved with."""
         bindings = [Binding(argument, name) for argument, name in weights.items()]
-        return Function(
-            self.name, self.signature, self._module, self._blob, metadata=self.metadata, bindings=bindings
-        )
+        return Function(self.name, self.signature, self._module, self._blob, metadata=self.metadata, bindings=bindings)
 
     def load(self) -> None:
         """Reads the function, so that what is wrong with its file is not found while tracing.
@@ -142,9 +140,7 @@ class Function:
         """
         self._flat  # noqa: B018 - cached
 
-    def explain(
-        self, error: Exception, signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> None:
+    def explain(self, error: Exception, signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Raises what lies behind an error of JAX's for a call with this signature, if that is known."""
         with context(object=self.name, package=self._package):
             arguments = signature.bind(args, kwargs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -27,7 +26,8 @@ from obmlite.io import digest
 from obmlite.io.commit import MANIFEST
 from obmlite.io.store import LocalDirectory, Store
 from obmlite.pipeline import BoundPipeline, Pipeline
-from obmlite.schema import decode, records
+from obmlite.schema import records
+from obmlite.schema.decode import decode
 from obmlite.signature import Signature
 from obmlite.weights import Weights, size
 
@@ -53,6 +53,9 @@ class _Lazy(Mapping[str, _T]):
             # Two threads may both make it; one result is kept.
             self._made.setdefault(name, self._make(name))
         return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # also if it cannot be made
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -98,8 +101,8 @@ class Model:
         weights = {n: v for n, v in objects.items() if isinstance(v, Weights)}
         pipelines = dict(pipelines or {})
         for name in [*objects, *pipelines]:
-            if not isinstance(name, str) or not name:
-                raise ArgumentError("A name is no text, or empty.", found=repr(name))
+            if not name:
+                raise ArgumentError("A name is empty.", expected="a name for each object and pipeline")
         default = default_pipeline or (DEFAULT_PIPELINE if DEFAULT_PIPELINE in pipelines else "")
         if default and default not in pipelines:
             raise ArgumentError("The default pipeline is not there.", object=default, expected=", ".join(pipelines))
@@ -266,7 +269,11 @@ class Model:
 
     def __repr__(self) -> str:
         lines = [f"Model{f' at {self.path}' if self.path else ''}"]
-        for heading, mapping in (("functions", self.functions), ("weights", self.weights), ("pipelines", self.pipelines)):
+        for heading, mapping in (
+            ("functions", self.functions),
+            ("weights", self.weights),
+            ("pipelines", self.pipelines),
+        ):
             if mapping:
                 lines.append(f"  {heading}")
             lines.extend(f"    {_line(mapping, name)}" for name in mapping)
@@ -355,10 +362,10 @@ def load(path: str | os.PathLike[str], *, mmap: bool = True) -> Model:
     """
     store = LocalDirectory(path, mmap=mmap)
     with context(package=store.name):
-        return _open(store, decode(read_manifest(store)))
+        return open_model(store, decode(open_manifest(store)))
 
 
-def read_manifest(store: Store) -> bytes:
+def open_manifest(store: Store) -> bytes:
     """The manifest's bytes.
 
     Raises:
@@ -376,22 +383,28 @@ def read_manifest(store: Store) -> bytes:
         source.close()
 
 
-def _open(store: Store, manifest: records.ManifestRecord) -> Model:
+def function_signature(record: records.FunctionRecord) -> Signature:
+    """The signature that a manifest holds in parts: trees, and the specs of the module's arguments and results."""
+    return Signature(
+        record.inputs,
+        record.primal.arguments[: record.inputs.num_leaves],
+        record.outputs,
+        record.primal.results,
+        record.argument_kinds,
+        record.constraints,
+        record.fixed,
+    )
+
+
+def open_model(store: Store, manifest: records.ManifestRecord) -> Model:
+    """The model that a manifest describes, whose files are in a store."""
+
     def function(name: str) -> Function:
         record = manifest.functions[name]
-        signature = Signature(
-            record.inputs,
-            record.primal.arguments[: record.inputs.num_leaves],
-            record.outputs,
-            record.primal.results,
-            record.argument_kinds,
-            record.constraints,
-            record.fixed,
-        )
         file = manifest.files[record.primal.file]
         return Function(
             name,
-            signature,
+            function_signature(record),
             record.primal,
             lambda: read_file(store, file),
             metadata=record.metadata,

@@ -105,9 +105,7 @@ class Signature:
           ArgumentError: too many, missing or unknown arguments, or a fixed one with another value.
         """
         names = self.arguments
-        positional = [
-            n for n, k in zip(names, self.argument_kinds, strict=True) if k is not ArgumentKind.KEYWORD_ONLY
-        ]
+        positional = [n for n, k in zip(names, self.argument_kinds, strict=True) if k is not ArgumentKind.KEYWORD_ONLY]
         if len(args) > len(positional):
             raise ArgumentError(
                 "Too many positional arguments.", expected=f"at most {len(positional)}: {self}", found=str(len(args))
@@ -189,7 +187,10 @@ class Signature:
         if not missing and not extra:
             return
         problem = " and ".join(
-            [*(["leaves are missing"] if missing else []), *(["there are leaves that are not expected"] if extra else [])]
+            [
+                *(["leaves are missing"] if missing else []),
+                *(["there are leaves that are not expected"] if extra else []),
+            ]
         )
         raise ArgumentError(
             f"The arguments do not match the signature: {problem}.",

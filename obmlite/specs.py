@@ -48,7 +48,7 @@ class MeshSpec:
 UNCONSTRAINED = "?"
 """An entry of a partition spec that leaves its dimension to the compiler."""
 
-Entry: TypeAlias = "None | str | tuple[str, ...]"
+Entry: TypeAlias = "str | tuple[str, ...] | None"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Partition:
     @staticmethod
     def of(sharding: Any) -> Partition | None:
         """The partition of a ``NamedSharding``; None for every other sharding, which names no axes."""
-        if not isinstance(sharding, jax.sharding.NamedSharding):
+        if not isinstance(sharding, jax.sharding.NamedSharding) or not sharding.mesh.axis_names:
             return None
         mesh = sharding.mesh
         entries: list[Entry] = []
@@ -192,7 +192,10 @@ def _parse(text: str) -> TensorSpec:
     name, bracket, shape = text.strip().removesuffix("]").partition("[")
     if bool(bracket) != text.strip().endswith("]"):
         raise ExportError(
-            "A spec is malformed.", field="spec", expected="a dtype and a shape, such as f32[b,28,28,1]", found=text[:80]
+            "A spec is malformed.",
+            field="spec",
+            expected="a dtype and a shape, such as f32[b,28,28,1]",
+            found=text[:80],
         )
     weak = name.startswith("~")
     return TensorSpec(dims.parse_shape(shape), dtypes.parse(name.removeprefix("~").strip()), weak)
@@ -205,6 +208,4 @@ def to_jax(specs: Sequence[TensorSpec], constraints: Sequence[str] = ()) -> list
       ExportError: an expression or a constraint is malformed, or the constraints contradict one another.
     """
     shapes = dims.to_jax([s.shape for s in specs], [dims.parse_constraint(c) for c in constraints])
-    return [
-        jax.ShapeDtypeStruct(shape, s.dtype, weak_type=s.weak_type) for shape, s in zip(shapes, specs, strict=True)
-    ]
+    return [jax.ShapeDtypeStruct(shape, s.dtype, weak_type=s.weak_type) for shape, s in zip(shapes, specs, strict=True)]

@@ -418,7 +418,9 @@ class Tree:
         if not 0 < kinds.size <= MAX_NODES:
             raise CorruptPackageError("A tree is empty or too large.", field="tree.kind", found=f"{kinds.size} nodes")
         if not np.isin(kinds, list(Kind)).all():
-            raise CorruptPackageError("A tree has a node of unknown kind.", field="tree.kind", found=_strange(kinds, Kind))
+            raise CorruptPackageError(
+                "A tree has a node of unknown kind.", field="tree.kind", found=_strange(kinds, Kind)
+            )
         open_nodes = np.cumsum(arities - 1) + 1
         if open_nodes[-1] != 0 or not (open_nodes[:-1] > 0).all():
             raise CorruptPackageError("A tree's arities do not add up to one tree.", field="tree.arity")
@@ -705,7 +707,7 @@ def _unpack(packed: bytes, depth: int) -> Any:
         return tuple(_unpack(data, depth + 1))
 
     try:
-        return msgpack.unpackb(packed, ext_hook=extension, strict_map_key=False, max_buffer_size=MAX_STATIC_BYTES)
+        return msgpack.unpackb(packed, ext_hook=extension, strict_map_key=False)
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
         if isinstance(error, CorruptPackageError):
             raise

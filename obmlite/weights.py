@@ -77,11 +77,13 @@ class LazyArray:
         return self.shape[0]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        return np.array(self._tensor.whole(), dtype=dtype, copy=copy)
+        with context(leaf=self.name):
+            return np.array(self._tensor.whole(), dtype=dtype, copy=copy)
 
     def __getitem__(self, index: Any) -> Any:
         """The values at an index, as numpy has it; of a file only what a basic index covers is read."""
-        return self._tensor.part(index)
+        with context(leaf=self.name):
+            return self._tensor.part(index)
 
     def restore(self, *, dtype: Any = None) -> Any:
         """The leaf as a ``jax.Array`` on the default device, uncommitted.
@@ -126,7 +128,12 @@ class Weights(Mapping[Key, Any]):
         self._set(tree, tuple(specs), MemorySource(leaves, specs), dict(metadata or {}))
 
     def _set(
-        self, tree: Tree, specs: Sequence[TensorSpec], source: TensorSource, metadata: Mapping[str, Any], prefix: tuple[str, ...] = ()
+        self,
+        tree: Tree,
+        specs: Sequence[TensorSpec],
+        source: TensorSource,
+        metadata: Mapping[str, Any],
+        prefix: tuple[str, ...] = (),
     ) -> None:
         self._tree = tree
         self._specs = specs
@@ -136,7 +143,12 @@ class Weights(Mapping[Key, Any]):
 
     @classmethod
     def from_source(
-        cls, tree: Tree, specs: Sequence[TensorSpec], source: TensorSource, metadata: Mapping[str, Any], prefix: tuple[str, ...] = ()
+        cls,
+        tree: Tree,
+        specs: Sequence[TensorSpec],
+        source: TensorSource,
+        metadata: Mapping[str, Any],
+        prefix: tuple[str, ...] = (),
     ) -> Weights:
         """Weights over any source of tensors."""
         self = cls.__new__(cls)
@@ -235,7 +247,9 @@ class Weights(Mapping[Key, Any]):
 
     def __repr__(self) -> str:
         place = f" at {trees.join(self._prefix)!r}" if self._prefix else ""
-        head = f"Weights{place}: {self._tree.num_leaves} leaves, {self.num_parameters:,} parameters, {size(self.nbytes)}"
+        head = (
+            f"Weights{place}: {self._tree.num_leaves} leaves, {self.num_parameters:,} parameters, {size(self.nbytes)}"
+        )
         lines = [f"  {name or '(the leaf)'}: {spec}" for name, spec in zip(self.names[:20], self._specs, strict=False)]
         more = self._tree.num_leaves - len(lines)
         return "\n".join([head, *lines, *([f"  … {more} more leaves"] if more else [])])
@@ -347,4 +361,3 @@ def check_not_lazy(value: Any, name: str) -> None:
         raise RestoreError(
             f"An argument is a {kind}, which has no values in memory yet.", leaf=name, fix="call .restore() on it first"
         )
-

@@ -188,6 +188,14 @@ class LocalDirectory:
             os.close(descriptor)
             raise
 
+    def local_path(self, path: str) -> str:
+        """A file's path for libraries that open files themselves; what they find there is theirs to check.
+
+        Raises:
+          UnsafePathError: the path leaves the package.
+        """
+        return os.path.join(self.name, *check_path(path).split("/"))
+
     def files(self) -> list[str]:
         """Relative paths of everything in the directory that is no directory itself, sorted.
 

@@ -7,6 +7,7 @@ the object is first asked for, so that one that this reader does not understand 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -50,7 +51,9 @@ def _starts(starts: _Column, count: int, length: int, field: str) -> list[int]:
         return [0]
     values = starts.astype(np.int64)
     if values.size != count + 1 or values[0] != 0 or values[-1] != length or (np.diff(values) < 0).any():
-        raise _corrupt("A column of offsets does not fit what it cuts.", field, f"{values.size} offsets, {length} items")
+        raise _corrupt(
+            "A column of offsets does not fit what it cuts.", field, f"{values.size} offsets, {length} items"
+        )
     result: list[int] = values.tolist()
     return result
 
@@ -175,7 +178,7 @@ class _Decoder:
 
     # --- pools and shared tables
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019 - lives as long as the decoder, one entry for each string
+    @functools.cache  # noqa: B019 - lives as long as the decoder, one entry for each string
     def string(self, number: int) -> str:
         try:
             return self._strings[number].decode()
@@ -209,9 +212,7 @@ class _Decoder:
                 raise _corrupt("A file is named twice.", "Files.path", name)
             if size >= MAX_TENSOR_BYTES:
                 raise _corrupt("A file's length is impossible.", "Files.length", size)
-            files[name] = r.FileRecord(
-                name, size, _member(r.FileKind, k, "Files.kind"), digests[32 * n : 32 * (n + 1)]
-            )
+            files[name] = r.FileRecord(name, size, _member(r.FileKind, k, "Files.kind"), digests[32 * n : 32 * (n + 1)])
         return files
 
     def file(self, number: int, kind: r.FileKind, field: str) -> r.FileRecord:
@@ -234,7 +235,7 @@ class _Decoder:
             raise _corrupt("A mesh axis has an impossible size.", "Meshes.axis_size", int(sizes.max()))
         return [
             MeshSpec(tuple(texts[a:b]), tuple(sizes[a:b].tolist()), tuple(types[a:b]))
-            for a, b in zip(cuts, cuts[1:], strict=False)
+            for a, b in itertools.pairwise(cuts)
         ]
 
     def _partition_table(self, row: Table) -> list[Partition]:
@@ -253,7 +254,7 @@ class _Decoder:
         unreduced, reduced = texts("unreduced"), texts("reduced")
         unreduced_cuts = cuts("unreduced_start", len(mesh), len(unreduced))
         reduced_cuts = cuts("reduced_start", len(mesh), len(reduced))
-        entries: list[None | str | tuple[str, ...]] = []
+        entries: list[str | tuple[str, ...] | None] = []
         for n, kind in enumerate(kinds.tolist()):
             group = tuple(axes[axis_cuts[n] : axis_cuts[n + 1]])
             if not 1 <= kind <= 3 or (kind == 2) != bool(group):
@@ -567,12 +568,16 @@ class _Decoder:
 
     def pipeline(self, row: Table, facts: dict[str, Any]) -> r.PipelineRecord:
         steps = tuple(
-            r.StepRecord(_member(r.StepRole, s.integer("role", "<B"), "Step.role"), s.string("function"), self.bindings(s))
+            r.StepRecord(
+                _member(r.StepRole, s.integer("role", "<B"), "Step.role"), s.string("function"), self.bindings(s)
+            )
             for s in row.tables("steps", "Step")
         )
         roles = [s.role for s in steps]
         if roles != sorted(roles) or roles.count(r.StepRole.MODEL) > 1 or not roles:
-            raise _corrupt("A pipeline's steps are in no order that one has.", "Step.role", [role.name for role in roles])
+            raise _corrupt(
+                "A pipeline's steps are in no order that one has.", "Step.role", [role.name for role in roles]
+            )
         return r.PipelineRecord(
             **facts,
             metadata=self.metadata(row),

@@ -1,0 +1,1 @@
+"""obmlite beside its peers, on the same work, in one run: ``python -m benchmarks``."""
