@@ -11,7 +11,6 @@ import importlib.util
 import mmap
 import os
 import shutil
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
@@ -19,10 +18,10 @@ import numpy as np
 
 from benchmarks import trees
 
-__all__ = ["CONTENDERS", "available"]
+__all__ = ["CONTENDERS", "Contender", "Leaves", "available", "remove"]
 
 Leaves = dict[str, Any]
-Listing = list[tuple[str, tuple[int, ...], Any]]
+Listing = list[tuple[str, tuple[int, ...], Any]]  # name, shape, dtype
 
 
 class Contender:
@@ -34,7 +33,8 @@ class Contender:
     uses: ClassVar[str] = ""  # whose files it reads, if it writes none itself
 
     def __init__(self) -> None:
-        self.modules = [importlib.import_module(name) for name in self.needs]
+        for name in self.needs:
+            importlib.import_module(name)
 
     def prepare(self, leaves: Leaves) -> Any:
         """What ``save`` is given; made before the clock runs."""
@@ -174,17 +174,15 @@ class Copy(Contender):
     """The least that a restore costs where no byte can be used in place: each tensor copied once, from a map."""
 
     title = "one numpy copy"
-    needs = ("safetensors",)
+    needs = ("obmlite.io.safetensors", "jax")
     saves = False
     uses = "safetensors"
 
     def target(self, path: str) -> Any:
         from obmlite.io import safetensors
 
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            header = safetensors.parse_header(file.read(safetensors.header_size(file.read(8), size))[:0] or _raw(path), size)
-        return [(header.size + entry.start, entry.stop - entry.start) for entry in header.entries.values()]
+        header = safetensors.parse_header(_header(path), os.path.getsize(path))
+        return [(header.size + entry.start, entry.end - entry.start) for entry in header.entries.values()]
 
     def restore(self, path: str, target: Any) -> Any:
         with open(path, "rb") as file:
@@ -220,3 +218,46 @@ class Header(Contender):
 
         header = safetensors.parse_header(_header(path), os.path.getsize(path))
         return [(name, entry.shape, entry.dtype) for name, entry in header.entries.items()]
+
+
+def _header(path: str) -> bytes:
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        file.seek(0)
+        return file.read(8 + length)
+
+
+def _sync(path: str) -> None:
+    """Makes durable what a peer wrote: every file and folder, and the folder that they are in."""
+    inside = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in [*names, "."]]
+    for place in [*inside, path, os.path.dirname(path)]:
+        descriptor = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+CONTENDERS: dict[str, type[Contender]] = {
+    "obmlite": Obmlite,
+    "safetensors": Safetensors,
+    "flax": Flax,
+    "orbax": Orbax,
+    "numpy": Npz,
+    "copy": Copy,
+    "hashing": Hashing,
+    "header": Header,
+}
+
+
+def available(name: str) -> bool:
+    """Whether what a contender needs is installed."""
+    return all(importlib.util.find_spec(module.partition(".")[0]) for module in CONTENDERS[name].needs)
+
+
+def remove(path: str) -> None:
+    """Removes what a contender wrote, if it is there."""
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    elif os.path.exists(path):
+        os.unlink(path)

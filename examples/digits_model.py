@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 Params = dict[str, dict[str, jax.Array]]
 
 # Name, input channels, output channels, stride.
-CONVS = (("conv1", 1, 16, 1), ("conv2", 16, 32, 2), ("conv3", 32, 64, 2))
+CONVS = (("conv1", 1, 32, 1), ("conv2", 32, 32, 1), ("conv3", 32, 64, 2), ("conv4", 64, 64, 2))
 CLASSES = 10
 
 
@@ -71,8 +71,11 @@ def train(data: Digits, *, steps: int, batch: int = 64, rate: float = 0.05, seed
 
     @jax.jit
     def step(n: int, params: Params, velocity: Params) -> tuple[Params, Params, jax.Array]:
-        chosen = jax.random.randint(jax.random.fold_in(key, n), (batch,), 0, len(labels))
-        value, gradient = jax.value_and_grad(loss)(params, images[chosen], labels[chosen])
+        choice_key, shift_key = jax.random.split(jax.random.fold_in(key, n))
+        chosen = jax.random.randint(choice_key, (batch,), 0, len(labels))
+        shift = jax.random.randint(shift_key, (2,), -1, 2)
+        shifted = jnp.roll(images[chosen], shift, axis=(1, 2))  # by a pixel at most: there are few digits to learn from
+        value, gradient = jax.value_and_grad(loss)(params, shifted, labels[chosen])
         velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, gradient)
         params = jax.tree.map(lambda p, v: p - rate * (1 - n / steps) * v, params, velocity)
         return params, velocity, value

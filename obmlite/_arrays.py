@@ -85,6 +85,14 @@ def cast_to(spec: TensorSpec, dtype: Any) -> np.dtype[Any] | None:
     )
 
 
+def cast(value: Any, target: np.dtype[Any]) -> Any:
+    """An array of a dtype of the same family."""
+    if isinstance(value, np.ndarray) and not np.can_cast(value.dtype, target, "unsafe"):
+        # ml_dtypes has no casts between some of its own; each of those dtypes is held exactly by the one between.
+        value = value.astype(np.float32 if jax.dtypes.issubdtype(target, np.floating) else np.int32)
+    return value.astype(target)
+
+
 def check_x64(spec: TensorSpec, name: str, target: np.dtype[Any] | None) -> None:
     """Refuses what JAX would silently narrow.
 

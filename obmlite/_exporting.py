@@ -12,18 +12,21 @@ import inspect
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jaxlib
 from jax import export as jax_export
 
-from obmlite import _stablehlo, dims, specs
+from obmlite import dims, specs
 from obmlite import tree as trees
 from obmlite.errors import ExportError, LeafError, context
 from obmlite.schema.records import ArgumentKind, FixedArgument, FixedKind, ModuleFormat, ModuleRecord
 from obmlite.signature import Signature
 from obmlite.specs import TensorSpec
+
+if TYPE_CHECKING:
+    from obmlite import _stablehlo
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 """Platforms that a function is exported for unless told otherwise."""
@@ -73,11 +76,14 @@ def export(
       ExportError: the function cannot be exported as it is; the text says why and what to do.
       LeafError: an argument or result holds something that is neither array nor number.
     """
+    from obmlite import _stablehlo  # MLIR's bindings take long to import, and loading has no use for them
+
     arguments, fixed = name_arguments(fn, args, kwargs, static)
     leaves, tree = trees.flatten_arguments({a.name: a.value for a in arguments})
     leaf_specs = []
     for leaf_name, leaf in zip(tree.names, leaves, strict=True):
-        with context(leaf=leaf_name):
+        hint = f'static=("{trees.split_name(leaf_name)[0]}",), if it only decides what is computed'
+        with context(object=name, leaf=leaf_name, fix=hint):
             leaf_specs.append(TensorSpec.of(leaf))
     texts = [*constraints, *_constraints_of(leaves)]
     constraints = list(dict.fromkeys(dims.parse_constraint(text).text for text in texts))
@@ -100,7 +106,7 @@ def export(
         outputs[:] = [result_tree]
         return tuple(result_leaves)
 
-    fixed_values = {place: value for place, value, _ in fixed}
+    fixed_values = {place: value for place, value, _ in fixed if place is not None}
     flat.__name__ = flat.__qualname__ = _identifier(name)
     with _no_locations(), context(object=name):
         exported = _lower(jax.jit(flat), structs, platforms)
@@ -148,8 +154,11 @@ def export(
 
 def name_arguments(
     fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], static: Sequence[str]
-) -> tuple[list[Argument], list[tuple[int | str, Any, FixedArgument]]]:
-    """The call's arguments under the function's own names for them, and apart from them those that are fixed."""
+) -> tuple[list[Argument], list[tuple[int | str | None, Any, FixedArgument]]]:
+    """The call's arguments under the function's own names for them, and apart from them those that are fixed.
+
+    A fixed argument stands with its place in the call (None where its default is left to the function) and its value.
+    """
     parameters = _parameters(fn)
     given: list[Argument] = []
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -176,9 +185,10 @@ def name_arguments(
         raise ExportError(
             "A static argument is none of the function's.", field="static", expected=", ".join(names), found=unknown[0]
         )
+    fixed: list[tuple[int | str | None, Any, FixedArgument]]
     fixed = [(a.place, a.value, _fixed(a.name, FixedKind.STATIC, a.value)) for a in given if a.name in static]
     defaults = [
-        ("", p.default, _fixed(p.name, FixedKind.DEFAULT, p.default))
+        (None, p.default, _fixed(p.name, FixedKind.DEFAULT, p.default))
         for p in parameters
         if p.name not in names and p.default is not inspect.Parameter.empty
     ]

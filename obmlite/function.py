@@ -96,7 +96,9 @@ class Function:
         self.load()
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return self.trace(self.signature.bind(args, kwargs))
+            with context(object=self.name):
+                arguments = self.signature.bind(args, kwargs)
+            return self.trace(arguments)
 
         call.__name__ = self.name
         return jax.jit(call)
@@ -118,6 +120,9 @@ class Function:
           ArgumentError: the arguments do not match the signature; it names the leaf, what was expected and what came.
           PlatformError: the function was not exported for the platform that it would run on.
         """
+        if kwargs and self.signature.fixed:
+            with context(object=self.name):
+                kwargs = self.signature.drop_fixed(kwargs)
         try:
             return self._jitted(*args, **kwargs)
         except ObmliteError:

@@ -6,8 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-import tqdm
-
 from obmlite import _exporting
 from obmlite import tree as trees
 from obmlite._tensors import StoredSource, WeightsFiles
@@ -172,6 +170,13 @@ class Model:
         values = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
         objects: dict[str, Function | Weights] = {}
         for argument, own in chosen.items():
+            if argument not in values or own in objects:
+                raise ExportError(
+                    "An argument that is to be weights was not given, or two of them are to have one name.",
+                    field="weights",
+                    expected=f"some of {', '.join(values)}",
+                    found=f"{argument}: {own}",
+                )
             with context(object=own):
                 objects[own] = Weights(values[argument])
         own_name = name or function_name(fn)
@@ -230,9 +235,12 @@ class Model:
         """
         weights = {name: w.restored(dtype=dtype) for name, w in self.weights.items()}
         model = Model.__new__(Model)
-        pipelines = {
-            name: BoundPipeline(name, p.function, p.bindings, weights, p.metadata) for name, p in self.pipelines.items()
-        }
+
+        def pipeline(name: str) -> BoundPipeline:
+            old = self.pipelines[name]
+            return BoundPipeline(name, old.function, old.bindings, weights, old.metadata)
+
+        pipelines = _Lazy(list(self.pipelines), pipeline)
         model._set(self.functions, weights, pipelines, self.default_pipeline, self.metadata, self.path)
         return model
 
@@ -257,6 +265,8 @@ class Model:
           LeafError: weights cannot be saved: they were deleted, say.
           OSError: the disk is full, the directory is read-only, ….
         """
+        import tqdm
+
         from obmlite import _saving
 
         total = sum(w.nbytes for w in self.weights.values())

@@ -88,7 +88,8 @@ class BoundPipeline:
 
             def run(flat: tuple[tuple[Any, ...], ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 bound = {a: tree.unflatten(leaves) for (a, tree), leaves in zip(trees.items(), flat, strict=True)}
-                given = signature.bind(args, kwargs)
+                with context(object=self.name):
+                    given = signature.bind(args, kwargs)
                 return function.trace({**bound, **given})
 
             run.__name__ = self.name
@@ -104,6 +105,9 @@ class BoundPipeline:
           PlatformError: the function was not exported for the platform that it would run on.
         """
         call = self._call
+        if kwargs and self.signature.fixed:
+            with context(object=self.name):
+                kwargs = self.signature.drop_fixed(kwargs)
         try:
             return call(*args, **kwargs)
         except ObmliteError:

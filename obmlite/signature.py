@@ -98,11 +98,23 @@ class Signature:
 
     # --- calls
 
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by name, fixed ones left out.
+    def drop_fixed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A call's keyword arguments without those that were fixed when exporting, which may be given again.
 
         Raises:
-          ArgumentError: too many, missing or unknown arguments, or a fixed one with another value.
+          ArgumentError: a fixed one has another value.
+        """
+        for fixed in self.fixed:
+            if fixed.name in kwargs:
+                self._check_fixed(fixed, kwargs[fixed.name])
+        names = {fixed.name for fixed in self.fixed}
+        return {name: value for name, value in kwargs.items() if name not in names}
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name.
+
+        Raises:
+          ArgumentError: too many, missing or unknown arguments.
         """
         names = self.arguments
         positional = [n for n, k in zip(names, self.argument_kinds, strict=True) if k is not ArgumentKind.KEYWORD_ONLY]
@@ -114,11 +126,8 @@ class Signature:
         only_positional = {
             n for n, k in zip(names, self.argument_kinds, strict=True) if k is ArgumentKind.POSITIONAL_ONLY
         }
-        fixed = {f.name: f for f in self.fixed}
         for name, value in kwargs.items():
-            if name in fixed:
-                self._check_fixed(fixed[name], value)
-            elif name in given:
+            if name in given:
                 raise ArgumentError("An argument is given twice.", leaf=name, expected=str(self))
             elif name not in names or name in only_positional:
                 raise ArgumentError("There is no keyword argument of this name.", leaf=name, expected=str(self))

@@ -128,7 +128,7 @@ class TensorSpec:
             return value
         if isinstance(value, (bool, int, float, complex)):
             return TensorSpec((), dtypes.of(value), weak_type=not isinstance(value, bool))
-        shape = getattr(value, "shape", None)
+        shape = None if isinstance(value, type) else getattr(value, "shape", None)
         if shape is None or not hasattr(value, "dtype"):
             raise LeafError(
                 "A leaf is neither an array nor a number.",

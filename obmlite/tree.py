@@ -23,7 +23,7 @@ import jax
 import msgpack
 import numpy as np
 
-from obmlite.errors import CorruptPackageError, LeafError
+from obmlite.errors import CorruptPackageError, LeafError, RestoreError
 
 __all__ = ["Key", "KeyKind", "Kind", "Tree", "escape", "flatten", "flatten_arguments", "register_node", "split_name"]
 
@@ -38,6 +38,13 @@ MAX_KEY_NESTING = 8
 
 MAX_STATIC_BYTES = 1 << 20
 """Static data of one node, packed. Configuration, never weights."""
+
+MAX_NAME = 1 << 14
+"""Characters of the name of a leaf, or of any node. Keys are shared in a manifest, names are not: without a limit a
+small manifest could ask for any amount of memory."""
+
+MAX_NAMES_FIXED, MAX_NAMES_EACH = 1 << 20, 1 << 10
+"""Characters of all leaves' names together: so many, and so many more for each leaf."""
 
 RESERVED = "__metadata__"  # safetensors' key for its own string map
 
@@ -134,7 +141,7 @@ def key_from_text(kind: KeyKind, text: str) -> Key | None:
         key = int(text) if kind in (KeyKind.INT, KeyKind.INDEX) else _tuple_from_json(json.loads(text))
     except (ValueError, RecursionError) as error:
         raise CorruptPackageError("A key of a tree is malformed.", field="tree.key", found=text[:80]) from error
-    if key_text(key) != text:
+    if _check_key(key) or key_text(key) != text:
         raise CorruptPackageError("A key of a tree is not in its canonical form.", field="tree.key", found=text[:80])
     return key
 
@@ -320,8 +327,13 @@ class Tree:
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
-        """The name of each leaf: its path joined by ``.``. The root, when it is a leaf, is ``""``."""
+        """The name of each leaf: its path joined by ``.``. The root, when it is a leaf, is ``""``.
+
+        Raises:
+          ValueError: the names are longer than the format allows.
+        """
         names: list[str] = []
+        size, limit = 0, MAX_NAMES_FIXED + MAX_NAMES_EACH * self.num_leaves
         stack: list[tuple[str | None, int]] = []  # (prefix, children to come)
         for kind, arity, key in zip(self.kinds, self.arities, self.keys, strict=True):
             prefix: str | None = None
@@ -330,9 +342,14 @@ class Tree:
                 stack[-1] = (above, left - 1)
                 component = escape(key_text(key))  # type: ignore[arg-type]
                 prefix = component if above is None else f"{above}.{component}"
+                if len(prefix) > MAX_NAME:
+                    raise ValueError(f"a name of more than {MAX_NAME} characters: {prefix[:80]}…")
             if kind == Kind.LEAF:
                 name = prefix or ""
                 names.append(f"\\{name}" if name.startswith(RESERVED) else name)
+                size += len(name)
+                if size > limit:
+                    raise ValueError(f"names of more than {limit} characters together")
             if arity:
                 stack.append((prefix, arity))
             while stack and stack[-1][1] == 0:
@@ -406,10 +423,18 @@ class Tree:
             return view
         if entry.unflatten is not None:
             return entry.unflatten(self.static.get(node), view)
-        return entry.cls(*children)
+        # By name: the class may have come to list its fields in another order.
+        if kind is not Kind.NAMED_TUPLE or set(view) != set(entry.cls._fields):  # type: ignore[attr-defined]
+            raise RestoreError(
+                "A namedtuple's fields are not those that were saved.",
+                field="tree.key",
+                expected=", ".join(map(str, keys)),
+                found=f"{entry.cls.__qualname__}({', '.join(entry.cls._fields)})",  # type: ignore[attr-defined]
+            )
+        return entry.cls(**view)
 
     def check(self) -> None:
-        """Checks the columns of a tree that was read: one root, arities that add up, kinds, unique names, depth.
+        """Checks the columns of a tree that was read: one root, arities that add up, kinds, keys, unique names, depth.
 
         Raises:
           CorruptPackageError: naming the column.
@@ -426,12 +451,22 @@ class Tree:
             raise CorruptPackageError("A tree's arities do not add up to one tree.", field="tree.arity")
         if arities[(kinds == Kind.LEAF) | (kinds == Kind.NONE)].any():
             raise CorruptPackageError("A leaf or None of a tree has children.", field="tree.arity")
+        for node, data in self.static.items():
+            if self.kinds[node] == Kind.DEFAULT_DICT and not (isinstance(data, str) and data in _FACTORIES):
+                raise CorruptPackageError(
+                    "A defaultdict's factory is not one that is known.", field="tree.static", found=f"{data!r:.80}"
+                )
         self._check_keys()
-        if len(set(self.names)) != self.num_leaves:
-            raise CorruptPackageError("Two leaves of a tree have one name.", field="tree.key", found=_twice(self.names))
+        try:
+            names = self.names
+        except ValueError as error:
+            raise CorruptPackageError("A tree's names are too long.", field="tree.key", found=str(error)) from error
+        if len(set(names)) != self.num_leaves:
+            raise CorruptPackageError("Two leaves of a tree have one name.", field="tree.key", found=_twice(names))
 
     def _check_keys(self) -> None:
         stack: list[list[int]] = []  # [node, children to come, children so far]
+        seen: set[tuple[int, Key | None]] = set()  # (parent, key): two children without leaves have no names to differ
         for node, (kind, arity, key_kind, key) in enumerate(
             zip(self.kinds, self.arities, self.key_kinds, self.keys, strict=True)
         ):
@@ -449,6 +484,12 @@ class Tree:
                     good = key_kind == _KEYED_BY.get(parent)
                 if key_kind == KeyKind.INDEX:
                     good = good and key == above[2]
+                elif good and (above[0], key) in seen:
+                    raise CorruptPackageError(
+                        "Two children of a node have one key.", field="tree.key", found=f"node {node}, {key!r:.80}"
+                    )
+                else:
+                    seen.add((above[0], key))
                 above[1] -= 1
                 above[2] += 1
             if not good:
@@ -576,9 +617,13 @@ def _flatten(
             raise LeafError("The pytree is too large.", expected=f"at most {MAX_NODES} nodes")
         stack.extend((child, k, key, node, depth + 1) for k, key, child in reversed(children))
     tree = Tree(kinds, arities, key_kinds, keys, classes, static)
-    if len(set(tree.names)) != len(leaves):
+    try:
+        names = tree.names
+    except ValueError as error:
+        raise LeafError("The pytree's names are too long.", found=str(error), fix="use shorter keys") from error
+    if len(set(names)) != len(leaves):
         raise LeafError(
-            "Two leaves of the pytree have one name.", leaf=_twice(tree.names), fix="rename a key, such as 1 beside '1'"
+            "Two leaves of the pytree have one name.", leaf=_twice(names), fix="rename a key, such as 1 beside '1'"
         )
     return leaves, tree
 
@@ -686,7 +731,9 @@ def _tuples_out(data: Any, depth: int = 0) -> Any:
         return [_tuples_out(v, depth + 1) for v in data]
     if type(data) is dict:
         return {_tuples_out(k, depth + 1): _tuples_out(v, depth + 1) for k, v in data.items()}
-    return data
+    if data is None or type(data) in (bool, int, float, str, bytes):
+        return data
+    raise TypeError(f"a {type(data).__qualname__}")  # msgpack would take some more: bytearray, its own ExtType
 
 
 def unpack_static(packed: bytes) -> Any:
@@ -704,14 +751,34 @@ def _unpack(packed: bytes, depth: int) -> Any:
     def extension(code: int, data: bytes) -> Any:
         if code != _EXT_TUPLE or depth > 64:
             raise ValueError(f"extension type {code}")
-        return tuple(_unpack(data, depth + 1))
+        items = _unpack(data, depth + 1)
+        if type(items) is not list:
+            raise ValueError("a tuple that is no array")
+        return tuple(items)
 
     try:
-        return msgpack.unpackb(packed, ext_hook=extension, strict_map_key=False)
+        data = msgpack.unpackb(packed, ext_hook=extension, strict_map_key=False)
+        # A time stamp, extension type -1, is the one kind that msgpack does not leave to the hook.
+        if b"\xff" in packed and _has_timestamp(data):
+            raise ValueError("extension type -1")
+        return data
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
         if isinstance(error, CorruptPackageError):
             raise
         raise CorruptPackageError("Static data is malformed.", field="static", found=str(error)) from error
+
+
+def _has_timestamp(data: Any) -> bool:
+    parts = [data]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, msgpack.Timestamp):
+            return True
+        if type(part) in (list, tuple):
+            parts.extend(part)
+        elif type(part) is dict:
+            parts.extend([*part, *part.values()])
+    return False
 
 
 def _static(data: Any, *, strict: bool = True) -> Any:

@@ -323,7 +323,7 @@ def _restore(leaves: Sequence[LazyArray], dtype: DTypeChoice) -> list[Any]:
             with context(leaf=leaf.name):
                 value = leaf._tensor.for_device()
             if target is not None:
-                value = value.astype(target)
+                value = _arrays.cast(value, target)
             values.append(value)
             specs.append(leaf.spec)
         places.append(numbers[key])

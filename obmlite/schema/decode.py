@@ -6,9 +6,11 @@ the object is first asked for, so that one that this reader does not understand 
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -17,7 +19,7 @@ import numpy.typing as npt
 
 from obmlite import dims, dtypes
 from obmlite import tree as trees
-from obmlite.errors import CorruptPackageError, ExportError, UnsupportedFormatError, context
+from obmlite.errors import CorruptPackageError, ExportError, ObmliteError, UnsupportedFormatError, context
 from obmlite.schema import records as r
 from obmlite.schema import trailer
 from obmlite.schema._flat import Buffer, Table
@@ -107,14 +109,24 @@ class _Lazy(Mapping[str, _T]):
             self._rows[name] = row
         self._decode = decode
         self._done: dict[str, _T] = {}
+        self._failed: dict[str, ObmliteError] = {}
+        self._lock = threading.Lock()
 
     def __getitem__(self, name: str) -> _T:
-        if name not in self._done:
-            row = self._rows[name]
-            required = row.strings("required")
-            with context(object=name):
-                _check_required(required)
-                self._done[name] = self._decode(row, {"name": name, "required": required})
+        row = self._rows[name]
+        # Once each, whatever comes of it: what is visited counts against a budget that all objects share.
+        with self._lock:
+            if name in self._failed:
+                raise copy.copy(self._failed[name])
+            if name not in self._done:
+                try:
+                    with context(object=name):
+                        required = row.strings("required")
+                        _check_required(required)
+                        self._done[name] = self._decode(row, {"name": name, "required": required})
+                except ObmliteError as error:
+                    self._failed[name] = copy.copy(error)  # a copy holds no traceback
+                    raise
         return self._done[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -174,7 +186,10 @@ class _Decoder:
         self._paths = list(self.files)
         self._meshes = self._mesh_table(root.table("meshes", "Meshes"))
         self._partitions = self._partition_table(root.table("partitions", "Partitions"))
-        self._dims = [self._dimension(self.string(n)) for n in root.vector("symbolic_dims", np.uint32).tolist()]
+        symbolic = root.vector("symbolic_dims", np.uint32).tolist()
+        if len(symbolic) != len(set(symbolic)):
+            raise _corrupt("A symbolic dimension is listed twice.", "Manifest.symbolic_dims", len(symbolic))
+        self._dims = [self._dimension(self.string(n)) for n in symbolic]
 
     # --- pools and shared tables
 
@@ -188,6 +203,7 @@ class _Decoder:
     def string_plus1(self, number: int) -> str | None:
         return self.string(number - 1) if number else None
 
+    @functools.cache  # noqa: B019 - likewise; many nodes may name one blob
     def static(self, number: int) -> Any:
         return trees.unpack_static(self._blobs[number])
 
@@ -196,7 +212,7 @@ class _Decoder:
         value = self.static(number - 1) if number else {}
         if not isinstance(value, dict):
             raise _corrupt("Metadata is no map.", "metadata", type(value).__name__)
-        return value
+        return dict(value)
 
     def _files(self, row: Table) -> dict[str, r.FileRecord]:
         path, length = row.vector("path", np.uint32), row.vector("length", np.uint64)
@@ -231,8 +247,8 @@ class _Decoder:
         cuts = _starts(starts, max(starts.size - 1, 0), names.size, "Meshes.axis_start")
         texts = [self.string(n) for n in names.tolist()]
         types = [int(_member(AxisType, k, "Meshes.axis_type")) for k in kinds.tolist()]
-        if sizes.size and not 0 < int(sizes.max()) < 1 << 31:
-            raise _corrupt("A mesh axis has an impossible size.", "Meshes.axis_size", int(sizes.max()))
+        if sizes.size and not 0 < int(sizes.min()) <= int(sizes.max()) < 1 << 31:
+            raise _corrupt("A mesh axis has an impossible size.", "Meshes.axis_size", sizes.tolist()[:8])
         return [
             MeshSpec(tuple(texts[a:b]), tuple(sizes[a:b].tolist()), tuple(types[a:b]))
             for a, b in itertools.pairwise(cuts)
@@ -272,9 +288,12 @@ class _Decoder:
 
     def _dimension(self, text: str) -> Dimension:
         try:
-            return dims.parse(text)
+            dimension = dims.parse(text)
         except ExportError as error:
             raise _corrupt("A symbolic dimension is malformed.", "Manifest.symbolic_dims", text[:80]) from error
+        if isinstance(dimension, int):
+            raise _corrupt("A symbolic dimension has no symbols.", "Manifest.symbolic_dims", text[:80])
+        return dimension
 
     # --- trees and specs
 
@@ -285,14 +304,17 @@ class _Decoder:
         _same_length("Tree", kinds.size, arity=arities, key_kind=key_kinds, key=keys)
         _same_length("Tree", kinds.size, class_plus1=classes, static_plus1=static)
         _below(static, len(self._blobs) + 1, "Tree.static_plus1")
+        pairs = list(zip(key_kinds.tolist(), keys.tolist(), strict=True))
+        # Each distinct key once: there are few, and many nodes may name one long text.
+        known = {
+            (kind, key): trees.key_from_text(_member(trees.KeyKind, kind, "Tree.key_kind"), self.string(key))
+            for kind, key in dict.fromkeys(pairs)
+        }
         tree = trees.Tree(
             kinds.tolist(),
             arities.tolist(),
             key_kinds.tolist(),
-            [
-                trees.key_from_text(_member(trees.KeyKind, kind, "Tree.key_kind"), self.string(key))
-                for kind, key in zip(key_kinds.tolist(), keys.tolist(), strict=True)
-            ],
+            [known[pair] for pair in pairs],
             {n: self.string(int(classes[n]) - 1) for n in np.flatnonzero(classes).tolist()},
             {n: self.static(int(static[n]) - 1) for n in np.flatnonzero(static).tolist()},
         )
@@ -349,7 +371,8 @@ class _Decoder:
         field: str,
     ) -> TensorSpec:
         kind = dtypes.by_code(dtype, self.string_plus1(impl))
-        if math.prod(d for d in shape if isinstance(d, int)) * max(kind.bits, 8) > 8 * MAX_TENSOR_BYTES:
+        # A 0 does not hide what stands beside it: numpy refuses such shapes too.
+        if math.prod(d or 1 for d in shape if isinstance(d, int)) * max(kind.bits, 8) > 8 * MAX_TENSOR_BYTES:
             raise _corrupt("A tensor's size is impossible.", f"{field}.dim", shape)
         return TensorSpec(
             shape,
@@ -392,6 +415,8 @@ class _Decoder:
             captures = tuple(
                 r.Capture(self.string(w), n, d) for w, n, d in zip(weights.tolist(), leaf.tolist(), good, strict=True)
             )
+            if len(captures) > len(arguments):
+                raise _corrupt("A module has more captures than arguments.", "Module.captures", len(captures))
         if row.integer("num_devices") < 1:
             raise _corrupt("A module runs on no device.", "Module.num_devices", 0)
         return r.ModuleRecord(
@@ -435,7 +460,7 @@ class _Decoder:
             value = self.static(table.integer("options"))
             if not isinstance(value, dict) or table.string("platform") in options:
                 raise _corrupt("Compile options are no map, or given twice.", "CompileOptions.options")
-            options[table.string("platform")] = value
+            options[table.string("platform")] = dict(value)
         return options
 
     def function(self, row: Table, facts: dict[str, Any]) -> r.FunctionRecord:
@@ -504,6 +529,14 @@ class _Decoder:
         if not np.array_equal(leaf_tensor[tensor_leaf], np.arange(tensor_leaf.size)):
             raise _corrupt("A tensor is named after a leaf that is not its own.", "Weights.tensor_leaf")
         for leaf, tensor in enumerate(leaf_tensor.tolist()):
+            if specs[leaf].kind.tail is None:
+                raise UnsupportedFormatError(
+                    "The weights hold PRNG keys of an implementation that this JAX does not know.",
+                    leaf=tree.names[leaf],
+                    field="Weights.specs",
+                    found=specs[leaf].kind.impl,
+                    fix="use a JAX that has it",
+                )
             if (tensor < 0) != (not specs[leaf].kind.storage):
                 raise _corrupt("A leaf has no tensor, or one that it can't have.", "Weights.leaf_tensor_plus1", leaf)
             first = specs[tensor_leaf[tensor]] if tensor >= 0 else specs[leaf]
@@ -597,7 +630,8 @@ class _Decoder:
                 raise _corrupt("A supplemental's path is given twice, or no file's.", "Supplemental.entry_path", path)
             record = self.file(f - 1, r.FileKind.SUPPLEMENTAL, "Supplemental.entry_file_plus1") if f else None
             entries[path] = record.path if record else None
-        if (form is r.SupplementalForm.INLINE and entries) or (form is r.SupplementalForm.FILE and len(entries) != 1):
+        one_file = len(entries) == 1 and None not in entries.values()
+        if (form is r.SupplementalForm.INLINE and entries) or (form is r.SupplementalForm.FILE and not one_file):
             raise _corrupt("A supplemental's files do not fit its form.", "Supplemental.form", form.name)
         return r.SupplementalRecord(
             **facts,
