@@ -34,7 +34,7 @@ def load_data(held_out: int = 360, seed: int = 0) -> tuple[Digits, Digits]:
 
 def init(key: jax.Array) -> Params:
     """Fresh parameters, by He's initialisation."""
-    shapes = {name: (3, 3, inputs, outputs) for name, inputs, outputs, _ in CONVS}
+    shapes: dict[str, tuple[int, ...]] = {name: (3, 3, inputs, outputs) for name, inputs, outputs, _ in CONVS}
     shapes["dense"] = (2 * 2 * CONVS[-1][2], CLASSES)
     keys = jax.random.split(key, len(shapes))
     he = jax.nn.initializers.he_normal()

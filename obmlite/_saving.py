@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from obmlite import _arrays
 from obmlite._version import __version__
 from obmlite.errors import context
 from obmlite.io import digest, safetensors
-from obmlite.io.commit import Transaction
+from obmlite.io.commit import StagedFile, Transaction
 from obmlite.schema import records as r
 from obmlite.schema.decode import decode
 from obmlite.schema.encode import encode
@@ -34,6 +34,7 @@ LEAVES_KEY = "obmlite.leaves"
 """Key in a weights file's ``__metadata__``: JSON of name → dtype and shape where they differ from the stored ones."""
 
 _QUEUED = 8  # chunks that are being hashed at one time; bounds what is kept of leaves that came from a device
+_FLUSHED = 256 << 20  # bytes after which the disk is made to begin
 
 Progress = Callable[[int], Any]
 
@@ -59,7 +60,8 @@ def save(model: Model, path: str | os.PathLike[str], *, overwrite: bool, file_by
         }
         weights_records: dict[str, r.WeightsRecord] = {}
         indices: dict[str, bytes | None] = {index_path(name): None for name in previous}
-        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        # One thread more than hash at a time, for what waits for the disk.
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1) + 1) as pool:
             for name, weights in model.weights.items():
                 with context(object=name):
                     writer = _WeightsWriter(transaction, name, weights, file_bytes, pool, progress)
@@ -216,7 +218,7 @@ class _WeightsWriter:
             [(name, s.kind.storage, s.kind.storage_shape(s.shape)) for name, s in specs.items()]  # type: ignore[arg-type]
         )
         header = safetensors.encode_header(entries, _metadata(specs))
-        with self._transaction.create("weights") as staged:
+        with self._transaction.create("weights") as staged, _Flusher(staged, self._pool) as flusher:
             staged.write(header)
             hashing: collections.deque[tuple[str, Future[bytes]]] = collections.deque()
             digests: dict[str, list[bytes]] = {name: [] for name in specs}
@@ -234,9 +236,11 @@ class _WeightsWriter:
                     chunk = storage[start : start + digest.CHUNK]
                     hashing.append((entry.name, self._pool.submit(digest.sha256, chunk)))
                     staged.write(chunk)
+                    flusher.go_on()
                     collect(_QUEUED)
                     self._progress(len(chunk))
             collect(0)
+            flusher.finish()
             joined = {name: b"".join(parts) for name, parts in digests.items()}
             own = digest.sha256(header)
             whole = digest.file_digest(own, [digest.piece_digest(joined[e.name]) for e in entries])
@@ -245,10 +249,40 @@ class _WeightsWriter:
         return record, joined
 
 
+class _Flusher:
+    """Has a file written out to the disk while it still grows, which the kernel would put off."""
+
+    def __init__(self, staged: StagedFile, pool: ThreadPoolExecutor) -> None:
+        self._staged = staged
+        self._pool = pool
+        self._flushing: Future[None] | None = None
+        self._begun = 0  # bytes
+
+    def __enter__(self) -> _Flusher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._flushing is not None:
+            wait([self._flushing])  # before the file is closed
+
+    def go_on(self) -> None:
+        """Begins, if there is enough to be written and the disk is idle."""
+        if self._staged.size - self._begun < _FLUSHED or (self._flushing is not None and not self._flushing.done()):
+            return
+        self.finish()
+        self._begun = self._staged.size
+        self._flushing = self._pool.submit(self._staged.flush)
+
+    def finish(self) -> None:
+        """Waits for what was begun, and says so if it failed: the kernel tells that once only."""
+        if self._flushing is not None:
+            self._flushing.result()
+
+
 def _metadata(specs: Mapping[str, Any]) -> dict[str, str]:
     """For who holds the file alone: what tensors are that safetensors has no dtype for."""
     logical = {
-        name: {"dtype": spec.kind.short, "shape": list(spec.shape)}
+        name: {"dtype": spec.kind.short if spec.kind.is_key else spec.kind.name, "shape": list(spec.shape)}
         for name, spec in sorted(specs.items())
         if (spec.kind.is_packed or spec.kind.storage_shape(spec.shape) != spec.shape)
         or spec.kind.storage_numpy != spec.kind.numpy

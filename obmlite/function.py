@@ -131,6 +131,18 @@ class Function:
             self.explain(error, self.signature, args, kwargs)
             raise
 
+    def named(self, name: str) -> Function:
+        """The function under another name."""
+        return Function(
+            name,
+            self.signature,
+            self._module,
+            self._blob,
+            metadata=self.metadata,
+            bindings=self._bindings,
+            package=self._package,
+        )
+
     def bound_to(self, weights: Mapping[str, str]) -> Function:
         """The function with a note of the weights (argument → name) that it is saved with."""
         bindings = [Binding(argument, name) for argument, name in weights.items()]

@@ -86,6 +86,9 @@ class Model:
         default_pipeline: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
+        pipelines = dict(pipelines or {})
+        for name in [*objects, *pipelines]:
+            _check_name(name)
         for name, value in objects.items():
             if not isinstance(value, (Function, Weights)):
                 raise ArgumentError(
@@ -95,12 +98,8 @@ class Model:
                     found=type(value).__qualname__,
                 )
         trees.pack_static(dict(metadata or {}))
-        functions = {n: v for n, v in objects.items() if isinstance(v, Function)}
+        functions = {n: v if v.name == n else v.named(n) for n, v in objects.items() if isinstance(v, Function)}
         weights = {n: v for n, v in objects.items() if isinstance(v, Weights)}
-        pipelines = dict(pipelines or {})
-        for name in [*objects, *pipelines]:
-            if not name:
-                raise ArgumentError("A name is empty.", expected="a name for each object and pipeline")
         default = default_pipeline or (DEFAULT_PIPELINE if DEFAULT_PIPELINE in pipelines else "")
         if default and default not in pipelines:
             raise ArgumentError("The default pipeline is not there.", object=default, expected=", ".join(pipelines))
@@ -290,6 +289,20 @@ class Model:
         if self.metadata:
             lines.append(f"  metadata: {', '.join(map(str, self.metadata))}")
         return "\n".join(lines)
+
+
+def _check_name(name: object) -> None:
+    """Refuses what is no name.
+
+    Raises:
+      ArgumentError: it is no text, is empty, or is not valid Unicode.
+    """
+    if not isinstance(name, str) or not name or name.encode(errors="ignore").decode() != name:
+        raise ArgumentError(
+            "An object or pipeline has a name that cannot be kept.",
+            expected="text that is not empty and valid Unicode",
+            found=ascii(name),
+        )
 
 
 def _line(mapping: Mapping[str, Any], name: str) -> str:

@@ -236,7 +236,7 @@ def flags(what: str, column: list[int]) -> list[bool]:
 
 
 class Pools:
-    """The string pool, the blob pool, and the other columns of the root to which rows everywhere refer by number."""
+    """The string pool and the blob pool, to which rows everywhere refer by number."""
 
     def __init__(self, root: Table) -> None:
         """Reads the pools; everything in them must be valid, used or not."""

@@ -232,7 +232,7 @@ def test_a_python_integer_has_to_fit():
         np.ma.zeros(3),
         jax.dtypes.prng_key,
     ],
-    ids=lambda v: repr(v)[:40],
+    ids=lambda v: type(v).__name__,
 )
 def test_what_is_no_tensor_is_refused(value):
     with pytest.raises(LeafError) as caught:

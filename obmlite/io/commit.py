@@ -53,6 +53,8 @@ _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # macOS refuses to write more than INT_MAX bytes at once, and Linux writes at most 4 KiB less than 2 GiB.
 _MOST = 1 << 30
 
+_flush = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
+
 _FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
 
 
@@ -527,6 +529,17 @@ class StagedFile:
         if self._descriptor < 0:
             raise RuntimeError("the staged file is closed")
         self._size += _write(self._descriptor, buffer)
+
+    def flush(self) -> None:
+        """Returns when the disk has what was written so far, so that less is left for :meth:`finish` to wait for.
+
+        May be called on another thread than the one that writes, but not beside :meth:`seal`, :meth:`finish` or
+        :meth:`discard`.
+
+        Raises:
+          OSError: the content could not be written; the file must not be used then, since later calls may not fail.
+        """
+        _flush(self._descriptor)
 
     def seal(self) -> None:
         """Makes the content durable and closes the descriptor, while the name stays temporary.
