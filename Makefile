@@ -6,13 +6,13 @@ BIN := $(VENV)/bin
 # One stamp for each set of extras, so that a target installs what it needs and no more.
 STAMP = $(VENV)/.installed-
 
-.PHONY: demo test check format bench golden clean
+.PHONY: demo test check format bench golden golden-all clean
 
 demo: $(STAMP)examples ## train, save, load in another process, compare
 	$(BIN)/python examples/digits.py --out demo
 
-test: $(STAMP)dev ## the tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+test: $(STAMP)dev ## the tests, on the oldest JAX that is supported, on python3's newest, and on the newest of all
+	$(BIN)/python tests/versions.py test
 
 check: $(STAMP)dev ## formatting, lint, types
 	$(BIN)/ruff format --check .
@@ -28,6 +28,9 @@ bench: $(STAMP)bench ## the tables of docs/benchmarks.md
 
 golden: $(STAMP)dev ## golden packages of this version of JAX; never touches those that are there
 	$(BIN)/python tests/golden/make.py
+
+golden-all: $(STAMP)dev ## the same with every JAX that the tests run on
+	$(BIN)/python tests/versions.py golden
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)

@@ -103,7 +103,7 @@ class Bench:
             f"Open and list names, shapes and dtypes: {self._what('many')}",
             [Goal("below 100 ms", lambda s: s.seconds() < 0.1)],
         )
-        for name in self._interleaved(names, 2 * self._rounds + 1):
+        for name in self._interleaved(names, 2 * self._rounds - 1):
             _read(self._path(name, "many"))
             _add(section, CONTENDERS[name].title, measure(self._job("list", name, "many")))
         self._clean("many")
@@ -125,7 +125,7 @@ class Bench:
         )
         for name in names:
             measure(Job("import", _IMPORT[name], "", 0, path))  # leaves the bytecode behind
-        for name in self._interleaved(names, 2 * self._rounds + 1):
+        for name in self._interleaved(names, 2 * self._rounds - 1):
             run = measure(Job("import", _IMPORT[name], "", 0, path))
             _add(section, _IMPORT[name], run)
             if "checks" in run.facts:
@@ -180,11 +180,12 @@ def main() -> None:
     options = parser.parse_args()
     only = [name for name in CONTENDERS if name == "obmlite" or (name in options.contenders and available(name))]
     os.makedirs(options.directory, exist_ok=True)
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         bench = Bench(directory, options.size, options.rounds, only)
         sections = [section for case in _CASES if case in options.cases for section in _CASES[case](bench)]
     full = options.size == 1 and set(only) == set(CONTENDERS)
-    figures = report.render(sections, goals=full)
+    figures = report.render(sections, goals=full, load=load)
     print(figures)
     if full and options.cases == list(_CASES):
         with open(options.docs, encoding="utf-8") as file:

@@ -21,7 +21,7 @@ from typing import Any
 
 __all__ = ["Job", "Measured", "measure"]
 
-_SAMPLE_SECONDS = 0.001
+_SAMPLE_SECONDS = 0.002
 
 
 @dataclasses.dataclass(frozen=True)

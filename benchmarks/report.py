@@ -85,6 +85,10 @@ def size(nbytes: float | None) -> str:
     return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 1 << 30 else f"{nbytes / 2**20:.1f} MiB"
 
 
+def _ratio(ratio: float) -> str:
+    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
+
+
 def _share(part: float | None, whole: float | None) -> str:
     return f"{100 * part / whole:.1f} %" if part is not None and whole else ""
 
@@ -98,17 +102,19 @@ def environment() -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     versions.append(f"{platform.system()} on {platform.machine()}, {os.cpu_count()} cores")
-    return ", ".join(versions) + "."
+    return ", ".join(versions)
 
 
-def render(sections: Sequence[Section], *, goals: bool) -> str:
+def render(sections: Sequence[Section], *, goals: bool, load: float = 0) -> str:
     """The tables.
 
     Args:
       sections: what was measured.
       goals: whether the goals are about work of this size.
+      load: the machine's load average before it began.
     """
-    return "\n".join([environment(), *(line for section in sections for line in _table(section, goals=goals))])
+    head = f"{environment()}; load average {load:.1f} before it began."
+    return "\n".join([head, *(line for section in sections for line in _table(section, goals=goals))])
 
 
 def _table(section: Section, *, goals: bool) -> Iterator[str]:
@@ -122,7 +128,7 @@ def _table(section: Section, *, goals: bool) -> Iterator[str]:
             f"**{name}**" if name.startswith("obmlite") else name,
             _time(section.seconds(name)),
             _time(section.best(name)),
-            "" if name == "obmlite" else f"{section.seconds(name) / section.seconds():.2g}",
+            "" if name == "obmlite" else _ratio(section.seconds(name) / section.seconds()),
             size(section.anonymous(name)),
             size(section.resident(name)),
         ]

@@ -12,6 +12,7 @@ from obmlite.errors import (
     PackageNotFoundError,
     PlatformError,
     RestoreError,
+    UnknownNameError,
     UnsafePathError,
     UnsupportedFormatError,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "RestoreError",
     "Signature",
     "TensorSpec",
+    "UnknownNameError",
     "UnsafePathError",
     "UnsupportedFormatError",
     "Weights",

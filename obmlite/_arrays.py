@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import numpy as np
 
-from obmlite.errors import LeafError, RestoreError
+from obmlite import dtypes
+from obmlite.errors import ExportError, LeafError, RestoreError
 from obmlite.specs import TensorSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -66,23 +68,40 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     return raw[offset : offset + nbytes].view(dtype).reshape(shape)
 
 
-def cast_to(spec: TensorSpec, dtype: Any) -> np.dtype[Any] | None:
-    """The dtype that a request turns a leaf into: floats become floats, integers integers; None for no change."""
-    if dtype is None or spec.kind.is_key or not spec.kind.storage:
-        return None
+_FAMILIES = (np.floating, np.integer, np.complexfloating)
+
+
+def _target(dtype: Any) -> tuple[np.dtype[Any], Any]:
+    """The dtype that a request names, and its family."""
     try:
-        target = np.dtype(dtype)
-    except TypeError as error:
+        target = dtypes.parse(dtype).numpy if isinstance(dtype, str) else np.dtype(dtype)
+    except (TypeError, ExportError) as error:
         raise RestoreError("There is no dtype of that name.", field="dtype", found=repr(dtype)) from error
-    for family in (np.floating, np.integer, np.complexfloating):
+    for family in _FAMILIES:
         if jax.dtypes.issubdtype(target, family):
-            return target if jax.dtypes.issubdtype(spec.kind.numpy, family) and target != spec.kind.numpy else None
+            return target, family
     raise RestoreError(
         "Weights cannot be cast to this dtype.",
         field="dtype",
         expected="a float, integer or complex dtype",
         found=target,
     )
+
+
+def same_family(spec: TensorSpec, dtype: Any) -> bool:
+    """Whether a leaf may be cast to a dtype: floats become floats, integers integers, complex numbers such."""
+    _, family = _target(dtype)
+    if spec.kind.is_key or not spec.kind.storage:
+        return False
+    return bool(jax.dtypes.issubdtype(spec.kind.numpy, family))
+
+
+def cast_to(spec: TensorSpec, dtype: Any) -> np.dtype[Any] | None:
+    """The dtype that a request turns a leaf into; None for no change."""
+    if dtype is None or not same_family(spec, dtype):
+        return None
+    target, _ = _target(dtype)
+    return target if target != spec.kind.numpy else None
 
 
 def cast(value: Any, target: np.dtype[Any]) -> Any:
@@ -94,10 +113,10 @@ def cast(value: Any, target: np.dtype[Any]) -> Any:
 
 
 def check_x64(spec: TensorSpec, name: str, target: np.dtype[Any] | None) -> None:
-    """Refuses what JAX would silently narrow.
+    """Refuses what JAX would silently narrow, or does not hold at all.
 
     Raises:
-      RestoreError: the leaf has 64-bit numbers and ``jax_enable_x64`` is off.
+      RestoreError: the leaf has 64-bit numbers and ``jax_enable_x64`` is off, or JAX has no arrays of its dtype.
     """
     wanted = target or (None if spec.kind.is_key or not spec.kind.storage else spec.kind.numpy)
     if wanted is None:
@@ -111,6 +130,23 @@ def check_x64(spec: TensorSpec, name: str, target: np.dtype[Any] | None) -> None
             found=str(wanted),
             fix=f'jax.config.update("jax_enable_x64", True), or restore(dtype="{canonical}")',
         )
+    if wanted.kind == "V" and not _on_device(wanted):
+        raise RestoreError(
+            "A leaf is of a dtype that this JAX cannot put on a device.",
+            leaf=name,
+            found=str(wanted),
+            fix="restore(dtype=…), or a later JAX",
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(dtype: np.dtype[Any]) -> bool:
+    """Whether JAX makes arrays of one of ml_dtypes' dtypes; it names some (those of 6 bits) that it does not."""
+    try:
+        jax.device_put(np.zeros(1, dtype))
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 def to_device(values: list[Any], specs: list[TensorSpec]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""A Python function → a StableHLO module and the signature that goes with it.
+"""A Python function → its signature, and a function over flat leaves to be lowered.
 
 The function is exported over its flat leaves, so that ``jax.export`` never meets a container class, most of which it
 refuses to serialize; the trees are ours.
@@ -6,33 +6,26 @@ refuses to serialize; the trees are ours.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import inspect
-import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
-import jaxlib
 from jax import export as jax_export
 
-from obmlite import dims, specs
+from obmlite import _lowering, dims, specs
 from obmlite import tree as trees
 from obmlite.errors import ExportError, LeafError, context
-from obmlite.schema.records import ArgumentKind, FixedArgument, FixedKind, ModuleFormat, ModuleRecord
+from obmlite.schema.records import ArgumentKind, FixedArgument, FixedKind, ModuleRecord
 from obmlite.signature import Signature
 from obmlite.specs import TensorSpec
 
-if TYPE_CHECKING:
-    from obmlite import _stablehlo
-
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 """Platforms that a function is exported for unless told otherwise."""
-
-MAX_CONSTANT_BYTES = 1024
-"""Largest array, in bytes, that may stay in StableHLO; weights belong into safetensors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +34,16 @@ class Exported:
 
     Attributes:
       signature: its arguments and results.
-      module: what the manifest says of its module; ``file`` is empty until it is saved.
-      blob: the file's bytes.
+      modules: what the manifest says of its module and of those of its VJPs. Until they are saved, ``file`` is a key of
+        :attr:`blobs`, and captures are of the weights object ``""``, whose leaves are :attr:`captures`.
+      blobs: the files' bytes.
+      captures: arrays that it closed over.
     """
 
     signature: Signature
-    module: ModuleRecord
-    blob: bytes
+    modules: tuple[ModuleRecord, ...]
+    blobs: Mapping[str, bytes]
+    captures: tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +56,27 @@ class Argument:
     place: int | str  # position or keyword in the call of the user's function
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to export.
+
+    Attributes:
+      static: names of arguments whose values are fixed.
+      constraints: on the symbols.
+      platforms: to lower for.
+      vjp_order: up to which order gradients are saved.
+      allow_custom_calls: targets beyond those that JAX promises to keep.
+    """
+
+    static: Sequence[str] = ()
+    constraints: Sequence[str] = ()
+    platforms: Sequence[str] = PLATFORMS
+    vjp_order: int = 0
+    allow_custom_calls: Sequence[str] = ()
+
+
 def export(
-    fn: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    *,
-    static: Sequence[str],
-    constraints: Sequence[str],
-    platforms: Sequence[str],
-    name: str,
+    fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], name: str, options: Options
 ) -> Exported:
     """Exports a function for arguments like the given ones.
 
@@ -76,19 +84,18 @@ def export(
       ExportError: the function cannot be exported as it is; the text says why and what to do.
       LeafError: an argument or result holds something that is neither array nor number.
     """
-    from obmlite import _stablehlo  # MLIR's bindings take long to import, and loading has no use for them
-
-    arguments, fixed = name_arguments(fn, args, kwargs, static)
+    arguments, fixed = name_arguments(fn, args, kwargs, options.static)
     leaves, tree = trees.flatten_arguments({a.name: a.value for a in arguments})
     leaf_specs = []
     for leaf_name, leaf in zip(tree.names, leaves, strict=True):
         hint = f'static=("{trees.split_name(leaf_name)[0]}",), if it only decides what is computed'
         with context(object=name, leaf=leaf_name, fix=hint):
             leaf_specs.append(TensorSpec.of(leaf))
-    texts = [*constraints, *_constraints_of(leaves)]
+    texts = [*options.constraints, *_constraints_of(leaves)]
     constraints = list(dict.fromkeys(dims.parse_constraint(text).text for text in texts))
     structs = specs.to_jax(leaf_specs, constraints)
     rebuild = _rebuilder([a.value for a in arguments], leaves, tree)
+    fixed_values = {place: value for place, value, _ in fixed if place is not None}
     outputs: list[trees.Tree] = []
 
     def flat(*values: Any) -> tuple[Any, ...]:
@@ -106,47 +113,30 @@ def export(
         outputs[:] = [result_tree]
         return tuple(result_leaves)
 
-    fixed_values = {place: value for place, value, _ in fixed if place is not None}
-    flat.__name__ = flat.__qualname__ = _identifier(name)
     with _no_locations(), context(object=name):
-        exported = _lower(jax.jit(flat), structs, platforms)
-        module = _stablehlo.normalise(exported.mlir_module_serialized)
-        _check_constants(module)
-        blob, offset = _serialize(exported, module)
-    out_specs = [TensorSpec.of(aval) for aval in exported.out_avals]
+        lowered = _lowering.lower(flat, structs, name, options)
     signature = Signature(
         tree,
         tuple(leaf_specs),
         outputs[0],
-        tuple(out_specs),
+        lowered.modules[0].results,
         tuple(a.kind for a in arguments),
         tuple(constraints),
         tuple(f for _, _, f in fixed),
     )
-    kept = tuple(exported.module_kept_var_idx)
-    record = ModuleRecord(
-        file="",
-        format=ModuleFormat.JAX_EXPORT,
-        offset=offset,
-        length=len(module.artifact),
-        stablehlo_version=module.version,
-        calling_convention=exported.calling_convention_version,
-        platforms=tuple(exported.platforms),
-        num_devices=exported.nr_devices,
-        arguments=tuple(leaf_specs),
-        results=tuple(out_specs),
-        kept=None if len(kept) == len(leaves) else kept,
-        ordered_effects=tuple(type(e).__name__ for e in exported.ordered_effects),
-        unordered_effects=tuple(type(e).__name__ for e in exported.unordered_effects),
-        disabled_checks=tuple(str(c) for c in exported.disabled_safety_checks),
-        uses_global_constants=exported.uses_global_constants,
-        custom_calls=module.custom_calls,
-        dialects=module.dialects,
-        jax_version=jax.__version__,
-        jaxlib_version=jaxlib.__version__,
-        name=exported.fun_name,
-    )
-    return Exported(signature, record, blob)
+    # The leaves' own specs have what avals lack: hints of placement, logical names.
+    primal = lowered.modules[0]
+    primal = dataclasses.replace(primal, arguments=(*_merge(leaf_specs, primal), *primal.arguments[len(leaves) :]))
+    return Exported(signature, (primal, *lowered.modules[1:]), lowered.blobs, lowered.captures)
+
+
+def _merge(leaf_specs: Sequence[TensorSpec], primal: ModuleRecord) -> Sequence[TensorSpec]:
+    if primal.num_devices == 1:
+        return leaf_specs
+    return [
+        dataclasses.replace(spec, partition=aval.partition)
+        for spec, aval in zip(leaf_specs, primal.arguments, strict=False)
+    ]
 
 
 # --- arguments
@@ -160,6 +150,7 @@ def name_arguments(
     A fixed argument stands with its place in the call (None where its default is left to the function) and its value.
     """
     parameters = _parameters(fn)
+    static = [*static, *_static_of(fn)]
     given: list[Argument] = []
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None if parameters else "args")
@@ -177,9 +168,10 @@ def name_arguments(
                 found=str(len(args)),
             )
     given.extend(Argument(key, ArgumentKind.KEYWORD_ONLY, value, key) for key, value in kwargs.items())
-    names = [a.name for a in given]
-    for twice in {n for n in names if names.count(n) > 1}:
-        raise ExportError("An argument is given twice.", leaf=twice)
+    names = collections.Counter(a.name for a in given)
+    for name, count in names.items():
+        if count > 1:
+            raise ExportError("An argument is given twice.", leaf=name)
     unknown = [n for n in static if n not in names and n not in {p.name for p in parameters}]
     if unknown:
         raise ExportError(
@@ -203,7 +195,13 @@ def _parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
         return []
 
 
-def _check_required(parameters: Sequence[inspect.Parameter], names: Sequence[str]) -> None:
+def _static_of(fn: Callable[..., Any]) -> Sequence[str]:
+    """The static arguments of a function that is jitted already."""
+    # Private, with this name in JAX 0.9.2 to 0.12; without it they would have to be named once more.
+    return tuple(getattr(getattr(fn, "_jit_info", None), "static_argnames", ()))
+
+
+def _check_required(parameters: Sequence[inspect.Parameter], names: Collection[str]) -> None:
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     missing = [p.name for p in parameters if p.name not in names and p.default is p.empty and p.kind not in variable]
     if missing:
@@ -229,6 +227,16 @@ def _rebuilder(values: list[Any], leaves: list[Any], tree: trees.Tree) -> Callab
     if len(jax_leaves) == len(leaves) and all(a is b for a, b in zip(jax_leaves, leaves, strict=True)):
         return lambda traced: list(jax.tree.unflatten(treedef, traced))
     return lambda traced: list(tree.unflatten(traced).values())
+
+
+def uses(constraint: str, args: Sequence[Any]) -> bool:
+    """Whether arguments have all the symbols of a constraint."""
+    symbols = dims.parse_constraint(constraint).symbols
+    found: set[str] = set()
+    for leaf in jax.tree.leaves(args):
+        with contextlib.suppress(LeafError):  # which is reported where the argument is looked at
+            found |= TensorSpec.of(leaf).symbols
+    return symbols <= found
 
 
 def _constraints_of(leaves: Sequence[Any]) -> list[str]:
@@ -265,85 +273,3 @@ def _no_locations() -> Iterator[None]:
             yield
         finally:
             jax.config.update(setting, before)
-
-
-def _lower(jitted: Any, structs: Sequence[Any], platforms: Sequence[str]) -> jax_export.Exported:
-    try:
-        traced = jitted.trace(*structs)  # the user's own errors pass through from here
-    except jax.errors.ConcretizationTypeError as error:
-        error.add_note('obmlite: an argument that decides what is computed must be static, as in static=("train",)')
-        raise
-    _refuse_callbacks(traced.jaxpr)
-    try:
-        return jax_export.export(jitted, platforms=list(platforms))(*structs)
-    except (NotImplementedError, ValueError, TypeError, RuntimeError) as error:  # what JAX's lowering rules raise
-        text = str(error)
-        found = re.search(r"primitive '?([\w.-]+)'? not found for platforms? \[?'?(\w+)", text)
-        if found:
-            raise ExportError(
-                "The function uses a primitive that one of the platforms does not have.",
-                field="platforms",
-                expected=f"{found[1]} on {', '.join(platforms)}",
-                found=f"no {found[1]} on {found[2]}",
-                fix=f"platforms={tuple(p for p in platforms if p != found[2])!r}",
-            ) from error
-        if "no compatibility guarantees" in text:
-            raise ExportError(
-                "The function uses custom calls that JAX does not promise to keep.", found=text[:300]
-            ) from error
-        raise ExportError(
-            "JAX cannot lower the function.",
-            field="platforms",
-            expected=f"code for {', '.join(platforms)}",
-            found=text[:300],
-            fix="if one platform is at fault, leave it out of platforms=",
-        ) from error
-
-
-def _refuse_callbacks(jaxpr: Any) -> None:
-    """Refuses calls back into Python, wherever in the function they are; JAX's own message depends on the platforms."""
-    pending, seen = [jaxpr], set()
-    while pending:
-        current = pending.pop()
-        current = getattr(current, "jaxpr", current)
-        if id(current) in seen:
-            continue
-        seen.add(id(current))
-        for eqn in current.eqns:
-            name = eqn.primitive.name
-            if "callback" in name or name.startswith("debug_print"):
-                raise ExportError(
-                    "The function calls back into Python, which no other process can do.",
-                    found=name,
-                    fix="remove callbacks and debug prints (jax.debug, pure_callback, io_callback) before exporting",
-                )
-            for value in eqn.params.values():
-                parts = value if isinstance(value, (tuple, list)) else (value,)
-                pending.extend(p for p in parts if hasattr(p, "eqns") or hasattr(p, "jaxpr"))
-
-
-def _check_constants(module: _stablehlo.Module) -> None:
-    large = [c for c in module.constants if c.nbytes > MAX_CONSTANT_BYTES]
-    if large:
-        shown = ", ".join(f"{c.type} ({c.nbytes} bytes)" for c in large[:5])
-        raise ExportError(
-            "The function captures arrays that are too large to stay in its code.",
-            field="captured arrays",
-            expected=f"at most {MAX_CONSTANT_BYTES} bytes each",
-            found=shown + (f", … ({len(large)} in all)" if len(large) > 5 else ""),
-            fix="pass them as arguments, and so as weights, instead of closing over them",
-        )
-
-
-def _serialize(exported: jax_export.Exported, module: _stablehlo.Module) -> tuple[bytes, int]:
-    """jax.export's own serialization with our module in it, and where the module lies."""
-    blob = bytes(dataclasses.replace(exported, mlir_module_serialized=module.artifact).serialize())
-    offset = blob.find(module.artifact)
-    if offset < 0 or blob.find(module.artifact, offset + 1) >= 0:
-        raise ExportError("jax.export did not keep the module as one range of bytes.", found=f"jax {jax.__version__}")
-    return blob, offset
-
-
-def _identifier(name: str) -> str:
-    """A name that a StableHLO module may have."""
-    return re.sub(r"\W", "_", name) or "function"

@@ -34,7 +34,7 @@ LEAVES_KEY = "obmlite.leaves"
 """Key in a weights file's ``__metadata__``: JSON of name → dtype and shape where they differ from the stored ones."""
 
 _QUEUED = 8  # chunks that are being hashed at one time; bounds what is kept of leaves that came from a device
-_FLUSHED = 256 << 20  # bytes after which the disk is made to begin
+_FLUSHED = 64 << 20  # bytes after which the disk is made to begin
 
 Progress = Callable[[int], Any]
 
@@ -42,7 +42,7 @@ Progress = Callable[[int], Any]
 def save(model: Model, path: str | os.PathLike[str], *, overwrite: bool, file_bytes: int, progress: Progress) -> None:
     """Writes a package; the path holds the old package, or nothing, until all of it is there."""
     # Opened before anything is removed: the model may have been loaded from this very path, some saves ago.
-    blobs = {name: function.blob() for name, function in model.functions.items()}
+    blobs = {name: _blobs(function) for name, function in model.functions.items()}
     for weights in model.weights.values():
         weights.source.open()
     previous: list[str] = []
@@ -104,14 +104,35 @@ def index_path(name: str) -> str:
     return f"weights/{own}.safetensors.index.json"
 
 
+def _blobs(function: Function) -> dict[str, bytes]:
+    """The bytes of each file of a function."""
+    with context(object=function.name, package=function.package):
+        return {module.file: function.program.blobs(module) for module in function.program.modules}
+
+
+_SUFFIXES = {r.ModuleFormat.JAX_EXPORT: "jaxexport", r.ModuleFormat.PORTABLE_ARTIFACT: "stablehlo"}
+
+
 def _function(
-    transaction: Transaction, name: str, function: Function, blob: bytes, files: dict[str, r.FileRecord]
+    transaction: Transaction,
+    name: str,
+    function: Function,
+    blobs: Mapping[str, bytes],
+    files: dict[str, r.FileRecord],
 ) -> r.FunctionRecord:
-    found = digest.sha256(blob)
-    with transaction.create("functions") as staged:
-        staged.write(blob)
-        path = staged.finish(f"{slug(name)}-{found.hex()[:16]}.jaxexport")
-    files[path] = r.FileRecord(path, len(blob), r.FileKind.FUNCTION, found)
+    paths: dict[str, str] = {}
+    modules = function.program.modules
+    for module in modules:
+        if module.file in paths:
+            continue
+        blob = blobs[module.file]
+        found = digest.sha256(blob)
+        with transaction.create("functions") as staged:
+            staged.write(blob)
+            path = staged.finish(f"{slug(name)}-{found.hex()[:16]}.{_SUFFIXES[module.format]}")
+        files[path] = r.FileRecord(path, len(blob), r.FileKind.FUNCTION, found)
+        paths[module.file] = path
+    primal, *vjps = [dataclasses.replace(module, file=paths[module.file]) for module in modules]
     signature = function.signature
     return r.FunctionRecord(
         name=name,
@@ -122,7 +143,8 @@ def _function(
         fixed=tuple(signature.fixed),
         constraints=tuple(signature.constraints),
         bindings=function.bindings,
-        primal=dataclasses.replace(function.module, file=path),
+        primal=primal,
+        vjps=tuple(vjps),
     )
 
 

@@ -1,28 +1,27 @@
-"""StableHLO modules as they are saved: without source locations, at an old target, and looked through once.
+"""StableHLO modules as they are saved: without large constants and source locations, at an old target.
 
-Uses ``jax.extend.mlir`` (public; the same from JAX 0.9.2 to 0.12). Only modules that this process made are parsed
-here: MLIR's reader does not survive hostile bytes.
+Uses ``jax.extend.mlir`` (public; the same from JAX 0.9.2 to 0.12). Only modules that are trusted are parsed here, such
+as this process made: MLIR's reader does not survive hostile bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import re
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from jax.extend.mlir import ir, passmanager
 from jax.extend.mlir.dialects import chlo, sdy, stablehlo
 
+from obmlite import _hoisting
+from obmlite._hoisting import Constant
+
+__all__ = ["OLDEST_TARGET", "Constant", "Module", "look", "normalise"]
+
 OLDEST_TARGET = "1.14.0"
 """StableHLO of the oldest JAX that obmlite supports (0.9.2), so that it can run what newer ones save."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Constant:
-    """A constant in a module that is no splat."""
-
-    type: str
-    nbytes: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,51 +33,68 @@ class Module:
       version: the StableHLO version that it was serialized for.
       custom_calls: targets of its custom calls, sorted.
       dialects: dialects of its operations, sorted.
-      constants: its constants that are no splats, largest first.
+      hoisted: values of the arguments that ``main`` takes after its own; held arrays (see :mod:`obmlite.dtypes`),
+        read-only.
+      constants: constants that are no splats and over the limit, and could not be hoisted, largest first.
     """
 
     artifact: bytes
     version: str
     custom_calls: tuple[str, ...]
     dialects: tuple[str, ...]
+    hoisted: tuple[np.ndarray[Any, Any], ...]
     constants: tuple[Constant, ...]
 
 
-def normalise(artifact: bytes) -> Module:
-    """Removes source locations from a module and serializes it at the oldest target that takes it.
+def normalise(artifact: bytes, *, limit: int = 1024) -> Module:
+    """Removes large constants and source locations, and serializes at the oldest target that takes the module.
 
     Args:
       artifact: a portable artifact, as ``jax.export`` makes them.
+      limit: bytes that a constant may have and stay.
     """
+    with _parsed(artifact) as module:
+        hoisted, constants = _hoisting.hoist(module, limit)
+        passmanager.PassManager.parse("builtin.module(strip-debuginfo)").run(module.operation)
+        module.operation.verify()
+        custom_calls, dialects = _look(module)
+        version, out = _serialize(module)
+    return Module(out, version, custom_calls, dialects, hoisted, constants)
+
+
+def look(artifact: bytes) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Targets of a module's custom calls, and dialects of its operations, each sorted.
+
+    Args:
+      artifact: a portable artifact that is trusted.
+    """
+    with _parsed(artifact) as module:
+        return _look(module)
+
+
+@contextlib.contextmanager
+def _parsed(artifact: bytes) -> Iterator[Any]:
+    """The module in a context of its own: a context keeps every constant that it has met as long as it lives."""
     context = ir.Context()
     for dialect in (stablehlo, chlo, sdy):
         dialect.register_dialect(context)
     with context, ir.Location.unknown():
-        module = stablehlo.deserialize_portable_artifact(context, artifact)
-        passmanager.PassManager.parse("builtin.module(strip-debuginfo)").run(module.operation)
-        custom_calls: set[str] = set()
-        dialects: set[str] = set()
-        constants: list[Constant] = []
+        yield stablehlo.deserialize_portable_artifact(context, artifact)
 
-        def look(op: Any) -> Any:
-            name = op.name
-            dialects.add(name.partition(".")[0])
-            if name == "stablehlo.custom_call":
-                custom_calls.add(ir.StringAttr(op.attributes["call_target_name"]).value)
-            elif name == "stablehlo.constant" and not _is_splat(op):
-                kind = ir.RankedTensorType(op.results[0].type)
-                constants.append(Constant(_short(kind), _nbytes(kind)))
-            return ir.WalkResult.ADVANCE
 
-        module.operation.walk(look)
-        version, out = _serialize(module)
-    return Module(
-        out,
-        version,
-        tuple(sorted(custom_calls)),
-        tuple(sorted(dialects)),
-        tuple(sorted(constants, key=lambda c: (-c.nbytes, c.type))),
-    )
+def _look(module: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    custom_calls: set[str] = set()
+    dialects: set[str] = set()
+
+    def visit(op: Any) -> Any:
+        name = op.name
+        dialects.add(name.partition(".")[0])
+        if name == "stablehlo.custom_call":
+            custom_calls.add(ir.StringAttr(op.attributes["call_target_name"]).value)
+        return ir.WalkResult.ADVANCE
+
+    module.operation.walk(visit)
+    return tuple(sorted(custom_calls)), tuple(sorted(dialects))
 
 
 def _targets() -> list[str]:
@@ -103,29 +119,3 @@ def _serialize(module: Any) -> tuple[str, bytes]:
         except ValueError:  # an operation, or an attribute of one, that this version does not have
             continue
     return newest, bytes(stablehlo.serialize_portable_artifact(module, newest, True))
-
-
-def _is_splat(op: Any) -> bool:
-    value = op.attributes["value"]
-    try:
-        return bool(ir.DenseElementsAttr(value).is_splat)
-    except (ValueError, TypeError):
-        return False
-
-
-def _nbytes(kind: Any) -> int:
-    count = 1
-    for size in kind.shape:
-        count *= size
-    return -(-count * _bits(str(kind.element_type)) // 8)
-
-
-def _bits(element: str) -> int:
-    if element.startswith("complex"):
-        return 2 * _bits(element[8:-1])
-    digits = re.search(r"\d+", element)
-    return int(digits.group()) if digits else 8
-
-
-def _short(kind: Any) -> str:
-    return f"{kind.element_type}[{','.join(map(str, kind.shape))}]"

@@ -124,5 +124,5 @@ def _verify(options: argparse.Namespace, _: argparse.ArgumentParser) -> int:
         for path in report.extra:
             print(_printable(f"not part of the package: {path}"))
         count = f"{report.files} {'file' if report.files == 1 else 'files'}, {size(report.nbytes)}"
-        print(f"{report.package}: {'good' if report.good else 'BAD'}, {count}")
+        print(f"{report.package}: {'good' if report.good else 'BAD'}, {count} read")
     return GOOD if report.good else BAD

@@ -21,6 +21,7 @@ __all__ = [
     "PackageNotFoundError",
     "PlatformError",
     "RestoreError",
+    "UnknownNameError",
     "UnsafePathError",
     "UnsupportedFormatError",
 ]
@@ -66,7 +67,7 @@ class ObmliteError(Exception):
 
     def __str__(self) -> str:
         facts = ((name, getattr(self, name)) for name in _FACTS)
-        return "\n".join([self.problem, *(f"  {name}: {value}" for name, value in facts if value is not None)])
+        return "\n".join([self.problem, *(f"  {name}: {value}" for name, value in facts if value not in (None, ""))])
 
     def facts(self) -> dict[str, str]:
         """The problem and whatever is known of it, as text."""
@@ -121,6 +122,12 @@ class RestoreError(ObmliteError, ValueError):
     """Weights cannot be restored in the way that was asked for."""
 
 
+class UnknownNameError(ObmliteError, KeyError):
+    """There is no object, subtree or leaf of this name."""
+
+    __str__ = ObmliteError.__str__  # KeyError's would quote it
+
+
 class PlatformError(ObmliteError, RuntimeError):
     """The function was not exported for the platform that it would run on."""
 
@@ -134,7 +141,12 @@ def context(**facts: Any) -> Iterator[None]:
     try:
         yield
     except ObmliteError as error:
-        for name, value in facts.items():
-            if getattr(error, name) is None:
-                setattr(error, name, str(value))
+        add_facts(error, **facts)
         raise
+
+
+def add_facts(error: ObmliteError, **facts: Any) -> None:
+    """Adds what an error does not know yet; None adds nothing."""
+    for name, value in facts.items():
+        if getattr(error, name) is None and value is not None:
+            setattr(error, name, str(value))

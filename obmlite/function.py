@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import jax
 
 from obmlite import _engine, _exporting
 from obmlite import tree as trees
-from obmlite.errors import ArgumentError, ExportError, LeafError, ObmliteError, context
-from obmlite.schema.records import Binding, ModuleRecord
+from obmlite._calling import Call
+from obmlite._lowering import array_digest
+from obmlite._stablehlo_names import durable
+from obmlite.errors import ArgumentError, ExportError, LeafError, context
+from obmlite.schema.records import Binding, Capture, ModuleRecord
 from obmlite.signature import Signature
-from obmlite.weights import check_not_lazy
+from obmlite.specs import MeshSpec
+from obmlite.weights import Weights, check_not_lazy
 
 __all__ = ["Function", "export"]
-
-JAX_ERRORS = (TypeError, ValueError, RuntimeError, NotImplementedError)
-"""What JAX raises for a call that it refuses; jaxlib's own error is a RuntimeError."""
-
-
-class Blob(Protocol):
-    """Bytes that may not have been read yet."""
-
-    def __call__(self) -> bytes:
-        """The bytes, once their digest matches."""
-        ...
 
 
 class Function:
@@ -40,70 +34,105 @@ class Function:
       name: its name in the package.
       signature: pytrees of its arguments and results.
       metadata: what the user attached.
+      bindings: the weights objects that it was saved with.
+      package: the path of the package that it was loaded from.
+      mesh: the mesh that it is called on, if one was given.
     """
 
     def __init__(
         self,
         name: str,
         signature: Signature,
-        module: ModuleRecord,
-        blob: Blob,
+        program: _engine.Program,
+        captures: Callable[[], Sequence[Any]],
         *,
         metadata: Mapping[str, Any] | None = None,
         bindings: Sequence[Binding] = (),
         package: str | None = None,
+        engine: str = "auto",
+        mesh: jax.sharding.Mesh | None = None,
     ) -> None:
         self.name = name
         self.signature = signature
         self.metadata = dict(metadata or {})
-        self._module = module
-        self._blob = blob
-        self._bindings = tuple(bindings)
-        self._package = package
-        self._lock = threading.Lock()
+        self.bindings = tuple(bindings)
+        self.package = package
+        self.mesh = mesh
+        self._program = program
+        self._captures = captures
+        self._engine_name = engine
+        self._lock = threading.RLock()
+
+    # --- what it is
+
+    @property
+    def program(self) -> _engine.Program:
+        """Its modules, and where their bytes are."""
+        return self._program
 
     @property
     def module(self) -> ModuleRecord:
         """What the manifest says, or will say, of the function's module."""
-        return self._module
-
-    @property
-    def bindings(self) -> tuple[Binding, ...]:
-        """The weights objects that it was saved with."""
-        return self._bindings
+        return self._program.modules[0]
 
     @property
     def platforms(self) -> tuple[str, ...]:
         """The platforms that it was exported for."""
-        return self._module.platforms
+        return self.module.platforms
 
-    def blob(self) -> bytes:
-        """The bytes of its file.
+    @property
+    def vjp_order(self) -> int:
+        """Up to which order ``jax.grad`` can go through it."""
+        return len(self._program.modules) - 1
+
+    @property
+    def durable(self) -> bool:
+        """Whether StableHLO's compatibility promise, of five years, covers all of it."""
+        return all(durable(module.dialects) for module in self._program.modules)
+
+    @property
+    def engine(self) -> str:
+        """The engine that runs it, ``"export"`` or ``"rebuild"``; it is read for this, if it wasn't yet.
 
         Raises:
-          CorruptPackageError: they are not those that were saved.
+          CorruptPackageError: the file is not what was saved.
+          UnsupportedFormatError: this JAX does not read it.
         """
-        with context(object=self.name, package=self._package):
-            return self._blob()
+        return self._loaded.name
+
+    # --- running it
 
     @functools.cached_property
-    def _flat(self) -> _engine.FlatCall:
-        with self._lock, context(object=self.name, package=self._package):
-            return _engine.load(self._module, self.blob())
+    def _loaded(self) -> _engine.Engine:
+        with self._lock, context(object=self.name, package=self.package):
+            return _engine.load(self._program, self._engine_name)
 
     @functools.cached_property
-    def _jitted(self) -> Any:
-        self.load()
+    def captures(self) -> tuple[Any, ...]:
+        """The arrays that it closed over, as ``jax.Array``."""
+        with self._lock, context(object=self.name, package=self.package):
+            return tuple(self._captures())
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with context(object=self.name):
-                arguments = self.signature.bind(args, kwargs)
-            return self.trace(arguments)
+    @property
+    def donated_names(self) -> frozenset[str]:
+        """The names of the leaves whose buffers it may reuse."""
+        return frozenset(self.signature.inputs.names[leaf] for leaf in self.module.donated)
 
-        call.__name__ = self.name
-        return jax.jit(call)
+    @functools.cached_property
+    def _call(self) -> Call:
+        with self._lock:
+            return Call(self.name, self, self.signature, {}, ())
 
-    def trace(self, arguments: Mapping[str, Any]) -> Any:
+    def load(self) -> None:
+        """Reads the function.
+
+        Raises:
+          CorruptPackageError: the file is not what was saved.
+          UnsupportedFormatError: this JAX does not read it.
+        """
+        self._loaded  # noqa: B018 - cached
+
+    def trace(self, arguments: Mapping[str, Any], captures: Sequence[Any]) -> Any:
         """The function's results for arguments by name, to be traced under ``jax.jit``.
 
         Raises:
@@ -111,7 +140,7 @@ class Function:
         """
         with context(object=self.name):
             leaves = self.signature.match(arguments)
-        return self.signature.outputs.unflatten(list(self._flat(leaves)))
+        return self.signature.outputs.unflatten(list(self._loaded(leaves, captures)))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the function.
@@ -120,55 +149,77 @@ class Function:
           ArgumentError: the arguments do not match the signature; it names the leaf, what was expected and what came.
           PlatformError: the function was not exported for the platform that it would run on.
         """
-        if kwargs and self.signature.fixed:
-            with context(object=self.name):
-                kwargs = self.signature.drop_fixed(kwargs)
-        try:
-            return self._jitted(*args, **kwargs)
-        except ObmliteError:
-            raise
-        except JAX_ERRORS as error:
-            self.explain(error, self.signature, args, kwargs)
-            raise
-
-    def named(self, name: str) -> Function:
-        """The function under another name."""
-        return Function(
-            name,
-            self.signature,
-            self._module,
-            self._blob,
-            metadata=self.metadata,
-            bindings=self._bindings,
-            package=self._package,
-        )
-
-    def bound_to(self, weights: Mapping[str, str]) -> Function:
-        """The function with a note of the weights (argument → name) that it is saved with."""
-        bindings = [Binding(argument, name) for argument, name in weights.items()]
-        return Function(self.name, self.signature, self._module, self._blob, metadata=self.metadata, bindings=bindings)
-
-    def load(self) -> None:
-        """Reads the function, so that what is wrong with its file is not found while tracing.
-
-        Raises:
-          CorruptPackageError: the file is not what was saved.
-          UnsupportedFormatError: this JAX does not read it.
-        """
-        self._flat  # noqa: B018 - cached
+        return self._call(args, kwargs)
 
     def explain(self, error: Exception, signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Raises what lies behind an error of JAX's for a call with this signature, if that is known."""
-        with context(object=self.name, package=self._package):
+        with context(object=self.name, package=self.package):
             arguments = signature.bind(args, kwargs)
             for name, leaf in _lazy_leaves(arguments):
                 check_not_lazy(leaf, name)
-            better = _engine.explain(error, self._module, signature.match(arguments))
+            better = _engine.explain(error, self._program, signature.match(arguments))
             if better is not None:
                 raise better from error
 
+    # --- others like it
+
+    def bound_to(self, weights: Mapping[str, str]) -> Function:
+        """The function with a note of the weights (argument → name) that it is saved with."""
+        return self._with(bindings=[Binding(argument, name) for argument, name in weights.items()])
+
+    def on(self, mesh: jax.sharding.Mesh) -> Function:
+        """The function, called on the devices of a mesh; arguments that are not there are put there.
+
+        Raises:
+          ArgumentError: the function fixes the number of its devices, and the mesh has another.
+        """
+        needed = self.module.num_devices
+        if needed not in (1, mesh.size):
+            raise ArgumentError(
+                "The function fixes the devices that it runs on.",
+                package=self.package,
+                object=self.name,
+                field="mesh",
+                expected=f"{needed} devices" + (f", as of a mesh of {self.module.mesh}" if self.module.mesh else ""),
+                found=f"a mesh of {MeshSpec.of(mesh)}",
+            )
+        return self._with(mesh=mesh)
+
+    def named(self, name: str) -> Function:
+        """The function under another name."""
+        return self if name == self.name else self._with(name=name)
+
+    def moved(self, places: Mapping[tuple[str, int], tuple[str, int]]) -> Function:
+        """The function with its captures elsewhere: (weights, leaf) → (weights, leaf)."""
+
+        def move(capture: Capture) -> Capture:
+            weights, leaf = places[capture.weights, capture.leaf]
+            return dataclasses.replace(capture, weights=weights, leaf=leaf)
+
+        modules = tuple(
+            dataclasses.replace(module, captures=tuple(map(move, module.captures))) for module in self._program.modules
+        )
+        values = dict(zip((places[key] for key in _engine.captured(self._program.modules)), self.captures, strict=True))
+        ordered = [values[key] for key in _engine.captured(modules)]
+        return self._with(program=dataclasses.replace(self._program, modules=modules), captures=lambda: ordered)
+
+    def _with(self, **changes: Any) -> Function:
+        parts: dict[str, Any] = {
+            "name": self.name,
+            "signature": self.signature,
+            "program": self._program,
+            "captures": self._captures,
+            "metadata": self.metadata,
+            "bindings": self.bindings,
+            "package": self.package,
+            "engine": self._engine_name,
+            "mesh": self.mesh,
+        }
+        return Function(**{**parts, **changes})
+
     def __repr__(self) -> str:
-        return f"Function {self.name}{self.signature} for {', '.join(self.platforms)}"
+        where = f" where {', '.join(self.signature.constraints)}" if self.signature.constraints else ""
+        return f"Function {self.name}{self.signature}{where} for {', '.join(self.platforms)}"
 
 
 def _lazy_leaves(arguments: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -187,6 +238,8 @@ def export(
     name: str | None = None,
     constraints: str | Sequence[str] = (),
     platforms: str | Sequence[str] = _exporting.PLATFORMS,
+    vjp_order: int = 0,
+    allow_custom_calls: Collection[str] = (),
     metadata: Mapping[str, Any] | None = None,
 ) -> Function:
     """Exports a function, for arguments that are like the given ones.
@@ -200,6 +253,8 @@ def export(
       name: the function's name in a package; its own if not given.
       constraints: what symbols in the shapes must satisfy, such as ``"b <= 16"``.
       platforms: of ``"cpu"``, ``"cuda"``, ``"rocm"`` and ``"tpu"``, those that it is to run on.
+      vjp_order: up to which order ``jax.grad`` can go through the loaded function; 0 for not at all.
+      allow_custom_calls: targets of custom calls beyond those that JAX promises to keep.
       metadata: what else to keep with it: None, bool, int, float, str, bytes, and lists and dicts of these.
 
     Raises:
@@ -216,17 +271,63 @@ def export(
             expected=", ".join(_exporting.PLATFORMS),
             found=", ".join(map(str, unknown)) or "none",
         )
+    trees.pack_static(dict(metadata or {}))
+    static = [static] if isinstance(static, str) else list(static)
     exported = _exporting.export(
         fn,
         args,
         kwargs or {},
-        static=[static] if isinstance(static, str) else list(static),
-        constraints=[constraints] if isinstance(constraints, str) else list(constraints),
-        platforms=platforms,
-        name=own,
+        own,
+        _exporting.Options(
+            static=static,
+            constraints=[constraints] if isinstance(constraints, str) else list(constraints),
+            platforms=platforms,
+            vjp_order=vjp_order,
+            allow_custom_calls=sorted(allow_custom_calls),
+        ),
     )
-    trees.pack_static(dict(metadata or {}))
-    return Function(own, exported.signature, exported.module, lambda: exported.blob, metadata=metadata)
+    program = _engine.Program(
+        modules=exported.modules,
+        constraints=tuple(exported.signature.constraints),
+        blobs=lambda module: exported.blobs[module.file],
+        allow_custom_calls=allow_custom_calls,
+    )
+    captures = exported.captures
+    ordered = [leaf for _, leaf in _engine.captured(exported.modules)]
+    return Function(
+        own,
+        exported.signature,
+        program,
+        lambda: jax.device_put([captures[leaf] for leaf in ordered]),
+        metadata=metadata,
+    )
+
+
+def adopt(functions: Mapping[str, Function]) -> tuple[dict[str, Function], dict[str, Weights]]:
+    """Gives the arrays that functions closed over a place among a model's weights, ``<function>.captures``.
+
+    Returns:
+      The functions, knowing where their captures are, and the new weights. An array that several functions captured
+      is kept with the first of them.
+    """
+    places: dict[bytes, tuple[str, int]] = {}
+    adopted: dict[str, Function] = {}
+    weights: dict[str, Weights] = {}
+    several = sum(bool(_engine.captured(f.program.modules)) for f in functions.values()) > 1
+    for name, function in functions.items():
+        own: list[Any] = []
+        moved: dict[tuple[str, int], tuple[str, int]] = {}
+        keys = _engine.captured(function.program.modules)
+        for key, value in zip(keys, function.captures if keys else (), strict=True):
+            place = (f"{name}.captures", len(own))
+            found = places.setdefault(array_digest(value), place) if several else place
+            if found == place:
+                own.append(value)
+            moved[key] = found
+        if own:
+            weights[f"{name}.captures"] = Weights(own)
+        adopted[name] = function.moved(moved) if keys else function
+    return adopted, weights
 
 
 def function_name(fn: Callable[..., Any]) -> str:

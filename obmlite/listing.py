@@ -17,7 +17,7 @@ from obmlite.schema import records as r
 from obmlite.schema.decode import decode
 from obmlite.signature import Signature
 from obmlite.specs import TensorSpec
-from obmlite.weights import size
+from obmlite.weights import count_leaves, size
 
 LEAVES = 40
 """Leaves that a listing for people shows unless told otherwise."""
@@ -220,7 +220,7 @@ def _summary(kind: str, name: str, entry: Mapping[str, Any]) -> Iterator[str]:
     elif kind == "weights":
         dtypes = ", ".join(entry["dtypes"])
         yield (
-            f"{name}: {len(entry['leaves']):,} leaves, {entry['parameters']:,} parameters, {size(entry['nbytes'])}"
+            f"{name}: {count_leaves(len(entry['leaves']))}, {entry['parameters']:,} parameters, {size(entry['nbytes'])}"
             + (f", {dtypes}" if dtypes else "")
         )
     elif kind == "pipelines":

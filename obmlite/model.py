@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from obmlite import _exporting
+import jax
+
+from obmlite import _engine, _exporting
 from obmlite import tree as trees
 from obmlite._tensors import StoredSource, WeightsFiles
 from obmlite.errors import (
@@ -16,10 +19,11 @@ from obmlite.errors import (
     MissingFileError,
     ObmliteError,
     PackageNotFoundError,
+    UnknownNameError,
     UnsupportedFormatError,
     context,
 )
-from obmlite.function import Function, export, function_name
+from obmlite.function import Function, adopt, export, function_name
 from obmlite.io import digest
 from obmlite.io.commit import MANIFEST
 from obmlite.io.store import LocalDirectory, Store
@@ -27,7 +31,7 @@ from obmlite.pipeline import BoundPipeline, Pipeline
 from obmlite.schema import records
 from obmlite.schema.decode import decode
 from obmlite.signature import Signature
-from obmlite.weights import Weights, size
+from obmlite.weights import Weights, count_leaves, size
 
 __all__ = ["Model", "load"]
 
@@ -36,7 +40,7 @@ DEFAULT_PIPELINE = "serving_default"
 _T = TypeVar("_T")
 
 
-class _Lazy(Mapping[str, _T]):
+class Names(Mapping[str, _T]):
     """Objects by name, made when first asked for."""
 
     def __init__(self, names: Sequence[str], make: Callable[[str], _T]) -> None:
@@ -47,7 +51,9 @@ class _Lazy(Mapping[str, _T]):
     def __getitem__(self, name: str) -> _T:
         if name not in self._made:
             if name not in self._names:
-                raise KeyError(f"{name!r}; there are {', '.join(self._names) or 'none'}")
+                raise UnknownNameError(
+                    "The model has nothing of this name.", expected=", ".join(self._names) or "none", found=repr(name)
+                )
             # Two threads may both make it; one result is kept.
             self._made.setdefault(name, self._make(name))
         return self._made[name]
@@ -63,6 +69,10 @@ class _Lazy(Mapping[str, _T]):
 
     def __repr__(self) -> str:
         return "{" + ", ".join(self._names) + "}"
+
+
+def _named(mapping: Mapping[str, _T]) -> Mapping[str, _T]:
+    return mapping if isinstance(mapping, Names) else Names(list(mapping), mapping.__getitem__)
 
 
 class Model:
@@ -98,8 +108,12 @@ class Model:
                     found=type(value).__qualname__,
                 )
         trees.pack_static(dict(metadata or {}))
-        functions = {n: v if v.name == n else v.named(n) for n, v in objects.items() if isinstance(v, Function)}
-        weights = {n: v for n, v in objects.items() if isinstance(v, Weights)}
+        functions, captures = adopt({n: v.named(n) for n, v in objects.items() if isinstance(v, Function)})
+        for name in captures.keys() & objects.keys():
+            raise ArgumentError(
+                "A function's captured arrays are to have a name that is taken.", object=name, fix="rename that object"
+            )
+        weights = {**{n: v for n, v in objects.items() if isinstance(v, Weights)}, **captures}
         default = default_pipeline or (DEFAULT_PIPELINE if DEFAULT_PIPELINE in pipelines else "")
         if default and default not in pipelines:
             raise ArgumentError("The default pipeline is not there.", object=default, expected=", ".join(pipelines))
@@ -115,10 +129,10 @@ class Model:
         metadata: Mapping[str, Any],
         path: str | None,
     ) -> None:
-        self.functions = functions
-        self.weights = weights
-        self.pipelines = pipelines
-        self.supplementals: Mapping[str, Any] = {}
+        self.functions = _named(functions)
+        self.weights = _named(weights)
+        self.pipelines = _named(pipelines)
+        self.supplementals: Mapping[str, Any] = _named({})
         self.default_pipeline = default
         self.metadata = metadata
         self.path = path
@@ -127,7 +141,7 @@ class Model:
     def objects(self) -> Mapping[str, Function | Weights]:
         """Functions and weights, by name."""
         names = [*self.functions, *self.weights]
-        return _Lazy(names, lambda n: self.functions[n] if n in self.functions else self.weights[n])
+        return Names(names, lambda n: self.functions[n] if n in self.functions else self.weights[n])
 
     @classmethod
     def from_function(
@@ -140,6 +154,8 @@ class Model:
         weights: int | str | Sequence[int | str] | Mapping[str, str] | None = 0,
         constraints: str | Sequence[str] = (),
         platforms: str | Sequence[str] = _exporting.PLATFORMS,
+        vjp_order: int = 0,
+        allow_custom_calls: Collection[str] = (),
         metadata: Mapping[str, Any] | None = None,
     ) -> Model:
         """A model of one function and its weights.
@@ -158,6 +174,8 @@ class Model:
             argument to the name that its weights get. None for a function without. They are named like the arguments.
           constraints: what symbols in the shapes must satisfy, such as ``"b <= 16"``.
           platforms: of ``"cpu"``, ``"cuda"``, ``"rocm"`` and ``"tpu"``, those that it is to run on.
+          vjp_order: up to which order ``jax.grad`` can go through the loaded function; 0 for not at all.
+          allow_custom_calls: targets of custom calls beyond those that JAX promises to keep.
           metadata: what else to keep with the package.
 
         Raises:
@@ -169,20 +187,31 @@ class Model:
         values = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
         objects: dict[str, Function | Weights] = {}
         for argument, own in chosen.items():
-            if argument not in values or own in objects:
+            if argument not in values:
                 raise ExportError(
-                    "An argument that is to be weights was not given, or two of them are to have one name.",
+                    "An argument that is to be weights was not given.",
                     field="weights",
                     expected=f"some of {', '.join(values)}",
-                    found=f"{argument}: {own}",
+                    found=argument,
                 )
-            with context(object=own):
+            if own in objects:
+                raise ExportError("Two arguments' weights are to have one name.", field="weights", found=own)
+            hint = "the first argument is the weights; weights= names another one, and weights=None none"
+            with context(object=own, fix=hint):
                 objects[own] = Weights(values[argument])
         own_name = name or function_name(fn)
         if own_name in objects:
             raise ExportError("The function and its weights have one name.", object=own_name, fix="give name=")
         function = export(
-            fn, *args, kwargs=kwargs, static=static, name=own_name, constraints=constraints, platforms=platforms
+            fn,
+            *args,
+            kwargs=kwargs,
+            static=static,
+            name=own_name,
+            constraints=constraints,
+            platforms=platforms,
+            vjp_order=vjp_order,
+            allow_custom_calls=allow_custom_calls,
         )
         function = function.bound_to(chosen)
         return cls(
@@ -190,6 +219,66 @@ class Model:
             pipelines={DEFAULT_PIPELINE: Pipeline(function=own_name, weights=chosen)},
             metadata=metadata,
         )
+
+    @classmethod
+    def from_functions(
+        cls,
+        functions: Mapping[str, Sequence[Any]],
+        *,
+        weights: int | str | Sequence[int | str] | Mapping[str, str] | None = 0,
+        static: str | Sequence[str] = (),
+        constraints: str | Sequence[str] = (),
+        platforms: str | Sequence[str] = _exporting.PLATFORMS,
+        vjp_order: int = 0,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Model:
+        """A model of several functions, which may share weights.
+
+        ``Model.from_functions({"encode": (enc, params, x), "decode": (dec, params, z)})``. Each function gets a
+        pipeline of its name, with its weights bound. Weights that are the same arrays under one name are saved once.
+
+        Args:
+          functions: name → the function and its arguments, as for :meth:`from_function`.
+          weights: which arguments are weights, as for :meth:`from_function`; for each function alike.
+          static: names of arguments whose values are fixed; each function has those that it takes.
+          constraints: what symbols must satisfy; each function has those whose symbols it uses.
+          platforms: as for :func:`obmlite.export`.
+          vjp_order: as for :func:`obmlite.export`.
+          metadata: what else to keep with the package.
+
+        Raises:
+          ExportError: a function cannot be exported, or different weights have one name.
+          LeafError: weights, an argument or a result hold something that is neither an array nor a number.
+        """
+        objects: dict[str, Function | Weights] = {}
+        pipelines: dict[str, Pipeline] = {}
+        statics = [static] if isinstance(static, str) else list(static)
+        texts = [constraints] if isinstance(constraints, str) else list(constraints)
+        for name, (fn, *args) in functions.items():
+            names = _argument_names(fn, len(args), [])
+            model = cls.from_function(
+                fn,
+                *args,
+                static=[s for s in statics if s in names],
+                name=name,
+                weights=weights,
+                constraints=[text for text in texts if _exporting.uses(text, args)],
+                platforms=platforms,
+                vjp_order=vjp_order,
+            )
+            objects[name] = model.functions[name]
+            bound = {b.argument: b.weights for b in model.functions[name].bindings}
+            pipelines[name] = Pipeline(function=name, weights=bound)
+            for own in bound.values():
+                if own in objects and not _same(objects[own], model.weights[own]):
+                    raise ExportError(
+                        "Different weights have one name.",
+                        object=own,
+                        found=f"those of {name} and those of another function",
+                        fix="give the functions' parameters different names, or put Model(…) together by hand",
+                    )
+                objects.setdefault(own, model.weights[own])
+        return cls(objects, pipelines=pipelines, metadata=metadata)
 
     # --- using
 
@@ -239,7 +328,7 @@ class Model:
             old = self.pipelines[name]
             return BoundPipeline(name, old.function, old.bindings, weights, old.metadata)
 
-        pipelines = _Lazy(list(self.pipelines), pipeline)
+        pipelines = Names(list(self.pipelines), pipeline)
         model._set(self.functions, weights, pipelines, self.default_pipeline, self.metadata, self.path)
         return model
 
@@ -311,8 +400,11 @@ def _line(mapping: Mapping[str, Any], name: str) -> str:
     except ObmliteError as error:
         return f"{name}: {error.problem} {error.found or ''}".rstrip()
     if isinstance(value, Weights):
-        return f"{name}: {value.tree.num_leaves} leaves, {value.num_parameters:,} parameters, {size(value.nbytes)}"
-    return f"{name}{value.signature}"
+        return (
+            f"{name}: {count_leaves(value.tree.num_leaves)}, {value.num_parameters:,} parameters, {size(value.nbytes)}"
+        )
+    where = f" where {', '.join(value.signature.constraints)}" if value.signature.constraints else ""
+    return f"{name}{value.signature}{where}"
 
 
 def _bind(
@@ -337,6 +429,13 @@ def _bind(
                 found=binding.weights,
             )
     return BoundPipeline(name, function, bindings, weights, pipeline.metadata)
+
+
+def _same(one: Function | Weights, other: Weights) -> bool:
+    """Whether two weights objects are the same arrays under the same names."""
+    if not isinstance(one, Weights) or one.names != other.names:
+        return False
+    return all(one.leaf(n).same_array(other.leaf(n)) for n in range(len(one.specs)))
 
 
 def _argument_names(fn: Callable[..., Any], count: int, keywords: Sequence[str]) -> list[str]:
@@ -371,21 +470,38 @@ def _chosen(
 # --- loading
 
 
-def load(path: str | os.PathLike[str], *, mmap: bool = True) -> Model:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    mmap: bool = True,
+    engine: str = "auto",
+    allow_custom_calls: Collection[str] = (),
+    mesh: jax.sharding.Mesh | None = None,
+) -> Model:
     """Opens a package. Only its manifest is read; everything else when it is first used.
 
     Args:
       path: the package's directory.
       mmap: whether weights may be mapped; off where the file system is unsafe or slow to map, as over a network.
+      engine: how functions are read: ``"export"`` by ``jax.export``, ``"rebuild"`` from what the manifest says,
+        ``"auto"`` by the first of these that this JAX accepts.
+      allow_custom_calls: targets of custom calls that functions may make beyond those that JAX promises to keep.
+      mesh: the mesh that functions are called on, as by :meth:`obmlite.Function.on`; those that fix theirs need it.
 
     Raises:
       PackageNotFoundError: there is no package at the path.
       CorruptPackageError: the manifest is not what was saved.
       UnsupportedFormatError: the package needs a newer obmlite.
     """
+    if engine not in ("auto", *_engine.ENGINES):
+        raise ArgumentError(
+            "There is no such engine.", field="engine", expected=", ".join(("auto", *_engine.ENGINES)), found=engine
+        )
+    if "://" in os.fspath(path):
+        raise PackageNotFoundError("Only local directories can be loaded.", package=path)
     store = LocalDirectory(path, mmap=mmap)
     with context(package=store.name):
-        return open_model(store, decode(open_manifest(store)))
+        return open_model(store, decode(open_manifest(store)), engine, allow_custom_calls, mesh)
 
 
 def open_manifest(store: Store) -> bytes:
@@ -419,21 +535,42 @@ def function_signature(record: records.FunctionRecord) -> Signature:
     )
 
 
-def open_model(store: Store, manifest: records.ManifestRecord) -> Model:
+def open_model(
+    store: Store,
+    manifest: records.ManifestRecord,
+    engine: str = "auto",
+    allow_custom_calls: Collection[str] = (),
+    mesh: jax.sharding.Mesh | None = None,
+) -> Model:
     """The model that a manifest describes, whose files are in a store."""
 
     def function(name: str) -> Function:
         record = manifest.functions[name]
-        file = manifest.files[record.primal.file]
-        return Function(
+        modules = (record.primal, *record.vjps)
+        program = _engine.Program(
+            modules=modules,
+            constraints=record.constraints,
+            blobs=functools.lru_cache(lambda module: read_file(store, manifest.files[module.file])),
+            allow_custom_calls=allow_custom_calls,
+        )
+        made = Function(
             name,
             function_signature(record),
-            record.primal,
-            lambda: read_file(store, file),
+            program,
+            lambda: [_capture(*key) for key in _engine.captured(modules)],
             metadata=record.metadata,
             bindings=record.bindings,
             package=store.name,
+            engine=engine,
         )
+        return made if mesh is None else made.on(mesh)
+
+    def _capture(own: str, leaf: int) -> Any:
+        if own not in manifest.weights or leaf >= manifest.weights[own].tree.num_leaves:
+            raise CorruptPackageError(
+                "A function captures what is not there.", field="Captures.leaf", found=f"leaf {leaf} of {own!r}"
+            )
+        return all_weights[own].leaf(leaf).restore()
 
     def weights(name: str) -> Weights:
         record = manifest.weights[name]
@@ -453,9 +590,9 @@ def open_model(store: Store, manifest: records.ManifestRecord) -> Model:
                     raise CorruptPackageError("A pipeline names weights that are not there.", found=binding.weights)
         return BoundPipeline(name, functions[step.function], step.bindings, all_weights, record.metadata)
 
-    functions = _Lazy(list(manifest.functions), function)
-    all_weights = _Lazy(list(manifest.weights), weights)
-    pipelines = _Lazy(list(manifest.pipelines), pipeline)
+    functions = Names(list(manifest.functions), function)
+    all_weights = Names(list(manifest.weights), weights)
+    pipelines = Names(list(manifest.pipelines), pipeline)
     model = Model.__new__(Model)
     model._set(functions, all_weights, pipelines, manifest.default_pipeline, manifest.metadata, store.name)
     return model

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import jax
-
-from obmlite.errors import ArgumentError, ObmliteError, context
-from obmlite.function import JAX_ERRORS
+from obmlite._calling import Call
+from obmlite.errors import ArgumentError, context
 from obmlite.schema.records import Binding
 
 if TYPE_CHECKING:
@@ -77,25 +75,13 @@ class BoundPipeline:
         self._lock = threading.Lock()
 
     @functools.cached_property
-    def _call(self) -> Callable[..., Any]:
+    def _call(self) -> Call:
         with self._lock:
             if "_call" in self.__dict__:  # another thread made it while this one waited
                 return self.__dict__["_call"]  # type: ignore[no-any-return]
-            # A flat tuple: JAX takes it apart at each call, and does so faster than a nested dict.
-            weights = tuple(tuple(w.restore_leaves()) for w in self._weights.values())
+            weights = [w.restore_leaves() for w in self._weights.values()]
             trees = {argument: w.tree for argument, w in self._weights.items()}
-            function, signature = self.function, self.signature
-
-            def run(flat: tuple[tuple[Any, ...], ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                bound = {a: tree.unflatten(leaves) for (a, tree), leaves in zip(trees.items(), flat, strict=True)}
-                with context(object=self.name):
-                    given = signature.bind(args, kwargs)
-                return function.trace({**bound, **given})
-
-            run.__name__ = self.name
-            jitted = jax.jit(run)
-            function.load()
-            return lambda *args, **kwargs: jitted(weights, args, kwargs)
+            return Call(self.name, self.function, self.signature, trees, weights)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the function on the bound weights and the given arguments.
@@ -104,17 +90,7 @@ class BoundPipeline:
           ArgumentError: the arguments do not match the signature; it names the leaf, what was expected and what came.
           PlatformError: the function was not exported for the platform that it would run on.
         """
-        call = self._call
-        if kwargs and self.signature.fixed:
-            with context(object=self.name):
-                kwargs = self.signature.drop_fixed(kwargs)
-        try:
-            return call(*args, **kwargs)
-        except ObmliteError:
-            raise
-        except JAX_ERRORS as error:
-            self.function.explain(error, self.signature, args, kwargs)
-            raise
+        return self._call(args, kwargs)
 
     def __repr__(self) -> str:
         bound = "".join(f", {b.argument} = {b.weights!r}" for b in self.bindings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 
 from obmlite import dims
 from obmlite import tree as trees
-from obmlite.errors import ArgumentError, LeafError
+from obmlite.errors import ArgumentError, LeafError, UnknownNameError
 from obmlite.schema.records import ArgumentKind, FixedArgument, FixedKind
 from obmlite.specs import TensorSpec
 from obmlite.tree import Kind, Tree
@@ -60,12 +60,21 @@ class Signature:
         """The tree and the leaves' specs of one argument.
 
         Raises:
-          KeyError: there is none of that name.
+          UnknownNameError: there is none of that name.
         """
         node = self.inputs.child(0, name)
         if node is None:
-            raise KeyError(f"{name!r}; there are {', '.join(self.arguments)}")
+            raise UnknownNameError("There is no such argument.", expected=", ".join(self.arguments), found=name)
         return self.inputs.subtree(node), self.input_specs[slice(*self.leaves(node))]
+
+    def covered(self, names: Collection[str]) -> frozenset[str]:
+        """The arguments that have leaves, all of whose names are among some."""
+        found = set()
+        for node in self.inputs.children(0):
+            own = self.inputs.names[slice(*self.leaves(node))]
+            if own and all(name in names for name in own):
+                found.add(str(self.inputs.keys[node]))
+        return frozenset(found)
 
     def leaves(self, node: int) -> tuple[int, int]:
         """The range of leaves below a node of :attr:`inputs`."""
@@ -85,11 +94,11 @@ class Signature:
     def without(self, names: Sequence[str]) -> Signature:
         """The signature of the function with some arguments bound."""
         children = list(self.inputs.children(0))
-        bound = [node for node in children if self.inputs.keys[node] in names]
+        bound = {node: None for node in children if self.inputs.keys[node] in names}
         leaves = set(itertools.chain.from_iterable(range(*self.leaves(node)) for node in bound))
         return dataclasses.replace(
             self,
-            inputs=self.inputs.without(bound),
+            inputs=self.inputs.without(list(bound)),
             input_specs=tuple(s for n, s in enumerate(self.input_specs) if n not in leaves),
             argument_kinds=tuple(
                 kind for node, kind in zip(children, self.argument_kinds, strict=True) if node not in bound
@@ -116,7 +125,7 @@ class Signature:
         Raises:
           ArgumentError: too many, missing or unknown arguments.
         """
-        names = self.arguments
+        names = dict.fromkeys(self.arguments)
         positional = [n for n, k in zip(names, self.argument_kinds, strict=True) if k is not ArgumentKind.KEYWORD_ONLY]
         if len(args) > len(positional):
             raise ArgumentError(
@@ -129,10 +138,9 @@ class Signature:
         for name, value in kwargs.items():
             if name in given:
                 raise ArgumentError("An argument is given twice.", leaf=name, expected=str(self))
-            elif name not in names or name in only_positional:
+            if name not in names or name in only_positional:
                 raise ArgumentError("There is no keyword argument of this name.", leaf=name, expected=str(self))
-            else:
-                given[name] = value
+            given[name] = value
         missing = [n for n in names if n not in given]
         if missing:
             raise ArgumentError("An argument is missing.", leaf=", ".join(missing), expected=str(self))
@@ -201,11 +209,13 @@ class Signature:
                 *(["there are leaves that are not expected"] if extra else []),
             ]
         )
+        below = next((n for n in missing if any(e.startswith(f"{n}.") for e in extra)), None)
         raise ArgumentError(
             f"The arguments do not match the signature: {problem}.",
             leaf=_list(missing or extra),
             expected=f"missing: {_list(missing)}" if missing else f"only the leaves of {self}",
             found=f"not expected: {_list(extra)}" if extra else None,
+            fix=f"{below} is to be one array, as numpy.asarray makes of a list" if below else None,
         )
 
 

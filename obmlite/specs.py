@@ -7,6 +7,7 @@ import enum
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
+import numpy as np
 
 from obmlite import dims, dtypes
 from obmlite.errors import ExportError, LeafError
@@ -41,6 +42,15 @@ class MeshSpec:
     sizes: tuple[int, ...]
     types: tuple[int, ...]
 
+    @staticmethod
+    def of(mesh: Any) -> MeshSpec:
+        """What a mesh is besides its devices."""
+        return MeshSpec(
+            tuple(mesh.axis_names),
+            tuple(mesh.shape[name] for name in mesh.axis_names),
+            tuple(int(AxisType[kind.name.upper()]) for kind in mesh.axis_types),
+        )
+
     def __str__(self) -> str:
         return ", ".join(f"{name}={size}" for name, size in zip(self.names, self.sizes, strict=True))
 
@@ -74,7 +84,8 @@ class Partition:
             return None
         mesh = sharding.mesh
         entries: list[Entry] = []
-        for entry in sharding.spec:
+        # JAX refuses to iterate over a spec with unreduced or reduced axes; before it did, there was no `partitions`.
+        for entry in getattr(sharding.spec, "partitions", sharding.spec):
             if entry is None or isinstance(entry, tuple):
                 entries.append(entry or None)
             elif entry is jax.sharding.PartitionSpec.UNCONSTRAINED:
@@ -83,11 +94,7 @@ class Partition:
                 entries.append((entry,))
         return Partition(
             tuple(entries),
-            MeshSpec(
-                tuple(mesh.axis_names),
-                tuple(mesh.shape[name] for name in mesh.axis_names),
-                tuple(int(AxisType[kind.name.upper()]) for kind in mesh.axis_types),
-            ),
+            MeshSpec.of(mesh),
             tuple(sorted(getattr(sharding.spec, "unreduced", ()))),
             tuple(sorted(getattr(sharding.spec, "reduced", ()))),
         )
@@ -126,7 +133,8 @@ class TensorSpec:
         """
         if isinstance(value, TensorSpec):
             return value
-        if isinstance(value, (bool, int, float, complex)):
+        # numpy's float64 and complex128 are Python numbers by inheritance alone: their dtype is not weak.
+        if isinstance(value, (bool, int, float, complex)) and not isinstance(value, np.generic):
             return TensorSpec((), dtypes.of(value), weak_type=not isinstance(value, bool))
         shape = None if isinstance(value, type) else getattr(value, "shape", None)
         if shape is None or not hasattr(value, "dtype"):
@@ -134,6 +142,7 @@ class TensorSpec:
                 "A leaf is neither an array nor a number.",
                 expected="jax.Array, numpy.ndarray, jax.ShapeDtypeStruct, bool, int, float or complex",
                 found=f"{type(value).__module__}.{type(value).__qualname__}",
+                fix=f"obmlite.spec({value!r})" if isinstance(value, str) and value.endswith("]") else None,
             )
         sharding = getattr(value, "sharding", None)
         memory_kind = getattr(sharding, "memory_kind", None)
@@ -205,7 +214,8 @@ def to_jax(specs: Sequence[TensorSpec], constraints: Sequence[str] = ()) -> list
     """Specs as JAX has them, with all symbols in one new scope that has the constraints.
 
     Raises:
-      ExportError: an expression or a constraint is malformed, or the constraints contradict one another.
+      ExportError: an expression or a constraint is malformed, or JAX refuses the constraints; it does not find every
+        contradiction.
     """
     shapes = dims.to_jax([s.shape for s in specs], [dims.parse_constraint(c) for c in constraints])
     return [jax.ShapeDtypeStruct(shape, s.dtype, weak_type=s.weak_type) for shape, s in zip(shapes, specs, strict=True)]

@@ -39,6 +39,9 @@ MAX_KEY_NESTING = 8
 MAX_STATIC_BYTES = 1 << 20
 """Static data of one node, packed. Configuration, never weights."""
 
+MAX_STATIC_DEPTH = 64
+"""Containers within containers in static data."""
+
 MAX_NAME = 1 << 14
 """Characters of the name of a leaf, or of any node. Keys are shared in a manifest, names are not: without a limit a
 small manifest could ask for any amount of memory."""
@@ -135,6 +138,8 @@ def key_from_text(kind: KeyKind, text: str) -> Key | None:
     """
     try:
         if kind is KeyKind.ROOT:
+            if text:
+                raise ValueError(text)
             return None
         if kind in (KeyKind.STR, KeyKind.ATTRIBUTE):
             return text
@@ -172,7 +177,7 @@ def _check_key(key: Any, depth: int = 0) -> str | None:
         if depth >= MAX_KEY_NESTING:
             return f"a tuple nested more than {MAX_KEY_NESTING} deep"
         return next((why for part in key if (why := _check_key(part, depth + 1))), None)
-    return f"{key!r:.80} of type {type(key).__name__}"
+    return f"a key of type {type(key).__qualname__}"
 
 
 # --- classes ---------------------------------------------------------------------------------------------------------
@@ -451,7 +456,20 @@ class Tree:
             raise CorruptPackageError("A tree's arities do not add up to one tree.", field="tree.arity")
         if arities[(kinds == Kind.LEAF) | (kinds == Kind.NONE)].any():
             raise CorruptPackageError("A leaf or None of a tree has children.", field="tree.arity")
+        for node in self.classes:
+            if self.kinds[node] not in (Kind.NAMED_TUPLE, Kind.CUSTOM):
+                raise CorruptPackageError(
+                    "A node of a tree has a class that its kind does not have.",
+                    field="tree.class",
+                    found=f"node {node}",
+                )
         for node, data in self.static.items():
+            if self.kinds[node] not in (Kind.DEFAULT_DICT, Kind.NAMED_TUPLE, Kind.CUSTOM):
+                raise CorruptPackageError(
+                    "A node of a tree has static data that its kind does not have.",
+                    field="tree.static",
+                    found=f"node {node}",
+                )
             if self.kinds[node] == Kind.DEFAULT_DICT and not (isinstance(data, str) and data in _FACTORIES):
                 raise CorruptPackageError(
                     "A defaultdict's factory is not one that is known.", field="tree.static", found=f"{data!r:.80}"
@@ -466,7 +484,9 @@ class Tree:
 
     def _check_keys(self) -> None:
         stack: list[list[int]] = []  # [node, children to come, children so far]
-        seen: set[tuple[int, Key | None]] = set()  # (parent, key): two children without leaves have no names to differ
+        # Children without leaves have no names to differ in, so keys are compared too.
+        last: dict[int, Key | None] = {}  # node → the key of its last child so far, where keys are sorted
+        seen: set[tuple[int, Key | None]] = set()  # (node, key of a child), where they are not
         for node, (kind, arity, key_kind, key) in enumerate(
             zip(self.kinds, self.arities, self.key_kinds, self.keys, strict=True)
         ):
@@ -482,14 +502,21 @@ class Tree:
                     good = key_kind in ((KeyKind.INDEX,) if by_index else (KeyKind.STR, KeyKind.INT, KeyKind.TUPLE))
                 else:
                     good = key_kind == _KEYED_BY.get(parent)
+                wrong = False
                 if key_kind == KeyKind.INDEX:
                     good = good and key == above[2]
-                elif good and (above[0], key) in seen:
-                    raise CorruptPackageError(
-                        "Two children of a node have one key.", field="tree.key", found=f"node {node}, {key!r:.80}"
-                    )
+                elif parent in (Kind.DICT, Kind.DEFAULT_DICT):
+                    wrong = above[2] > 0 and good and not _less(last[above[0]], key)
+                    last[above[0]] = key
                 else:
+                    wrong = good and (above[0], key) in seen
                     seen.add((above[0], key))
+                if wrong:
+                    raise CorruptPackageError(
+                        "A node of a tree has one key twice, or a dict's keys are not sorted.",
+                        field="tree.key",
+                        found=f"node {node}, {key!r:.80}",
+                    )
                 above[1] -= 1
                 above[2] += 1
             if not good:
@@ -508,6 +535,13 @@ class Tree:
                     )
             while stack and stack[-1][1] == 0:
                 stack.pop()
+
+
+def _less(left: Any, right: Any) -> bool:
+    try:
+        return bool(left < right)
+    except TypeError:  # of different types, which no dict that JAX sorted has
+        return False
 
 
 def _strange(values: Any, known: type[enum.IntEnum]) -> str:
@@ -723,8 +757,8 @@ def pack_static(data: Any) -> bytes:
 
 
 def _tuples_out(data: Any, depth: int = 0) -> Any:
-    if depth > 64:
-        raise ValueError("nested more than 64 deep")
+    if depth > MAX_STATIC_DEPTH:
+        raise ValueError(f"nested more than {MAX_STATIC_DEPTH} deep")
     if type(data) is tuple:
         return msgpack.ExtType(_EXT_TUPLE, msgpack.packb([_tuples_out(v, depth + 1) for v in data], strict_types=True))
     if type(data) is list:
@@ -749,7 +783,7 @@ def unpack_static(packed: bytes) -> Any:
 
 def _unpack(packed: bytes, depth: int) -> Any:
     def extension(code: int, data: bytes) -> Any:
-        if code != _EXT_TUPLE or depth > 64:
+        if code != _EXT_TUPLE or depth > MAX_STATIC_DEPTH:
             raise ValueError(f"extension type {code}")
         items = _unpack(data, depth + 1)
         if type(items) is not list:
@@ -758,9 +792,8 @@ def _unpack(packed: bytes, depth: int) -> Any:
 
     try:
         data = msgpack.unpackb(packed, ext_hook=extension, strict_map_key=False)
-        # A time stamp, extension type -1, is the one kind that msgpack does not leave to the hook.
-        if b"\xff" in packed and _has_timestamp(data):
-            raise ValueError("extension type -1")
+        if depth == 0:
+            _check_static(data)
         return data
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
         if isinstance(error, CorruptPackageError):
@@ -768,17 +801,19 @@ def _unpack(packed: bytes, depth: int) -> Any:
         raise CorruptPackageError("Static data is malformed.", field="static", found=str(error)) from error
 
 
-def _has_timestamp(data: Any) -> bool:
-    parts = [data]
-    while parts:
-        part = parts.pop()
-        if isinstance(part, msgpack.Timestamp):
-            return True
-        if type(part) in (list, tuple):
-            parts.extend(part)
-        elif type(part) is dict:
-            parts.extend([*part, *part.values()])
-    return False
+def _check_static(data: Any) -> None:
+    """Refuses what msgpack itself lets through: deep nesting, and time stamps, an extension that no hook sees."""
+    level, depth = [data], 0
+    while level:
+        if depth > MAX_STATIC_DEPTH:
+            raise ValueError(f"nested more than {MAX_STATIC_DEPTH} deep")
+        if any(type(part) is msgpack.Timestamp for part in level):
+            raise ValueError("extension type -1")
+        lists = [part for part in level if type(part) in (list, tuple)]
+        maps = [part for part in level if type(part) is dict]
+        level = [item for part in lists for item in part]
+        level += [item for part in maps for pair in part.items() for item in pair]
+        depth += 1
 
 
 def _static(data: Any, *, strict: bool = True) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 
 from obmlite import _arrays, dtypes
 from obmlite import tree as trees
-from obmlite.errors import RestoreError, context
+from obmlite.errors import ArgumentError, RestoreError, UnknownNameError, context
 from obmlite.specs import TensorSpec
 from obmlite.tree import Key, Kind, Tree
 
@@ -85,6 +85,10 @@ class LazyArray:
         with context(leaf=self.name):
             return self._tensor.part(index)
 
+    def same_array(self, other: LazyArray) -> bool:
+        """Whether two leaves in memory are one array, or equal numbers; of what is stored nothing is read."""
+        return self.spec == other.spec and self._tensor.same(other._tensor)
+
     def restore(self, *, dtype: Any = None) -> Any:
         """The leaf as a ``jax.Array`` on the default device, uncommitted.
 
@@ -92,7 +96,7 @@ class LazyArray:
           dtype: dtype to cast to, if of the same family (float, integer, complex).
 
         Raises:
-          RestoreError: it has 64-bit numbers and JAX does not hold them.
+          RestoreError: it has 64-bit numbers and JAX does not hold them, or ``dtype`` is of another family.
         """
         return _restore([self], dtype)[0]
 
@@ -182,7 +186,7 @@ class Weights(Mapping[Key, Any]):
     @functools.cached_property
     def flat(self) -> Mapping[str, LazyArray]:
         """All leaves by name."""
-        return {name: self._leaf(n) for n, name in enumerate(self.names)}
+        return {name: self.leaf(n) for n, name in enumerate(self.names)}
 
     @functools.cached_property
     def nbytes(self) -> int:
@@ -198,16 +202,17 @@ class Weights(Mapping[Key, Any]):
         """One leaf of each tensor."""
         return list({self._source.number(n): n for n in range(len(self._specs) - 1, -1, -1)}.values())
 
-    def _leaf(self, leaf: int) -> LazyArray:
+    def leaf(self, leaf: int) -> LazyArray:
+        """A leaf by its number in the pytree's order."""
         return LazyArray(self.names[leaf], self._specs[leaf], self._source.tensor(leaf))
 
     def __getitem__(self, key: Key) -> Any:
         child = self._tree.child(0, key)
         if child is None:
-            raise KeyError(f"{key!r}; there are {_some(list(self))}")
+            raise UnknownNameError("The weights have no such key here.", expected=_some(list(self)), found=repr(key))
         first, last = self._tree.first_leaf[child], self._tree.first_leaf[self._tree.ends[child]]
         if self._tree.kinds[child] == Kind.LEAF:
-            return self._leaf(first)
+            return self.leaf(first)
         prefix = (*self._prefix, trees.key_text(key))
         return Weights.from_source(
             self._tree.subtree(child), self._specs[first:last], self._source.narrow(first, last), {}, prefix
@@ -217,17 +222,19 @@ class Weights(Mapping[Key, Any]):
         """The subtree of a name, as names of leaves are made.
 
         Raises:
-          KeyError: there is none, or it is a leaf.
+          UnknownNameError: there is none, or it is a leaf.
         """
         prefix = tuple(trees.split_name(name))
         found: Any = self
         for component in prefix:
             keys = [key for key in found if trees.key_text(key) == component] if isinstance(found, Weights) else []
             if not keys:
-                raise KeyError(f"{name!r}; there are {_some(self.names)}")
+                raise UnknownNameError(
+                    "The weights have no such subtree.", expected=_some(self.names), found=repr(name)
+                )
             found = found[keys[0]]
         if not isinstance(found, Weights):
-            raise KeyError(f"{name!r} is a leaf")
+            raise UnknownNameError("This is a leaf and no subtree.", found=repr(name))
         return found
 
     def __iter__(self) -> Iterator[Key]:
@@ -247,9 +254,8 @@ class Weights(Mapping[Key, Any]):
 
     def __repr__(self) -> str:
         place = f" at {trees.join(self._prefix)!r}" if self._prefix else ""
-        head = (
-            f"Weights{place}: {self._tree.num_leaves} leaves, {self.num_parameters:,} parameters, {size(self.nbytes)}"
-        )
+        count = count_leaves(self._tree.num_leaves)
+        head = f"Weights{place}: {count}, {self.num_parameters:,} parameters, {size(self.nbytes)}"
         lines = [f"  {name or '(the leaf)'}: {spec}" for name, spec in zip(self.names[:20], self._specs, strict=False)]
         more = self._tree.num_leaves - len(lines)
         return "\n".join([head, *lines, *([f"  … {more} more leaves"] if more else [])])
@@ -258,7 +264,7 @@ class Weights(Mapping[Key, Any]):
 
     def restore_leaves(self, *, dtype: DTypeChoice = None) -> list[Any]:
         """:meth:`restore` without the containers: the leaves in the pytree's order."""
-        return _restore([self._leaf(n) for n in range(len(self._specs))], dtype)
+        return _restore([self.leaf(n) for n in range(len(self._specs))], dtype)
 
     def restored(self, *, dtype: DTypeChoice = None) -> Weights:
         """These weights, in memory: :meth:`restore` in the form of weights."""
@@ -289,13 +295,18 @@ class Weights(Mapping[Key, Any]):
         if select is None:
             return self._tree.unflatten(self.restore_leaves(dtype=dtype))
         chosen = _select(self.names, [select] if isinstance(select, str) else select)
-        arrays = _restore([self._leaf(n) for n in chosen], dtype)
+        arrays = _restore([self.leaf(n) for n in chosen], dtype)
         return self._tree.unflatten_some(dict(zip(chosen, arrays, strict=True)))
 
 
 def _some(keys: Sequence[Any]) -> str:
     shown = ", ".join(repr(k) for k in keys[:8])
     return f"{shown}, … ({len(keys)} in all)" if len(keys) > 8 else shown or "none"
+
+
+def count_leaves(count: int) -> str:
+    """A number of leaves for people."""
+    return f"{count:,} {'leaf' if count == 1 else 'leaves'}"
 
 
 def size(nbytes: float) -> str:
@@ -308,7 +319,17 @@ def size(nbytes: float) -> str:
 
 
 def _restore(leaves: Sequence[LazyArray], dtype: DTypeChoice) -> list[Any]:
-    choose = dtype if callable(dtype) and not isinstance(dtype, type) else lambda _name, _spec: dtype
+    each = callable(dtype) and not isinstance(dtype, type)
+    choose = dtype if each else lambda _name, _spec: dtype
+    if dtype is not None and not each and leaves and not any(_arrays.same_family(leaf.spec, dtype) for leaf in leaves):
+        raise RestoreError(
+            "No leaf is of the family (float, integer, complex) of this dtype.",
+            leaf=leaves[0].name if len(leaves) == 1 else None,
+            field="dtype",
+            expected=_some(sorted({leaf.spec.kind.short for leaf in leaves})),
+            found=str(dtype),
+            fix="restore as it is, and convert the values with .astype()",
+        )
     numbers: dict[Any, int] = {}
     values: list[Array] = []
     specs: list[TensorSpec] = []
@@ -354,10 +375,10 @@ def check_not_lazy(value: Any, name: str) -> None:
     """Refuses a lazy leaf where an array is needed.
 
     Raises:
-      RestoreError: it is one.
+      ArgumentError: it is one.
     """
     if isinstance(value, (LazyArray, Weights)):
         kind = type(value).__name__
-        raise RestoreError(
+        raise ArgumentError(
             f"An argument is a {kind}, which has no values in memory yet.", leaf=name, fix="call .restore() on it first"
         )

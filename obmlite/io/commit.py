@@ -53,8 +53,6 @@ _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # macOS refuses to write more than INT_MAX bytes at once, and Linux writes at most 4 KiB less than 2 GiB.
 _MOST = 1 << 30
 
-_flush = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
-
 _FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
 
 
@@ -539,7 +537,7 @@ class StagedFile:
         Raises:
           OSError: the content could not be written; the file must not be used then, since later calls may not fail.
         """
-        _flush(self._descriptor)
+        getattr(os, "fdatasync", os.fsync)(self._descriptor)  # macOS has no fdatasync
 
     def seal(self) -> None:
         """Makes the content durable and closes the descriptor, while the name stays temporary.

@@ -59,6 +59,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "weights",
         "leaf",
         "differentiable",
+        "argument",
     ),
     "Module": (
         "file",
@@ -84,6 +85,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "jax_version",
         "jaxlib_version",
         "name",
+        "traced",
+        "mesh_plus1",
     ),
     "FixedArgument": (
         "name",

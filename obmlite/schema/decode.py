@@ -35,6 +35,9 @@ MAX_RANK = 64
 MAX_TENSOR_BYTES = 1 << 62
 """Bytes of one tensor: keeps every product of sizes and offsets inside a signed 64-bit integer."""
 
+MAX_PIECE_CELLS = 1 << 20
+"""Cells of the grid that the faces of a tensor's pieces make; as many as pieces where they are a grid themselves."""
+
 
 def _corrupt(problem: str, field: str, found: Any = None, expected: Any = None) -> CorruptPackageError:
     return CorruptPackageError(problem, field=field, found=found, expected=expected)
@@ -66,6 +69,11 @@ def _below(values: _Column, limit: int, field: str) -> _Column:
     return values
 
 
+def _ascending(values: _Column, field: str) -> None:
+    if (np.diff(values.astype(np.int64)) <= 0).any():
+        raise _corrupt("Arguments are not listed in ascending order.", field)
+
+
 def _flags(values: _Column, field: str) -> list[bool]:
     _below(values, 2, field)
     return values.astype(bool).tolist()  # type: ignore[no-any-return]
@@ -77,6 +85,24 @@ def _same_length(field: str, count: int, **columns: _Column) -> None:
             raise _corrupt(
                 "Columns of one table have different lengths.", f"{field}.{name}", column.size, f"{count} items"
             )
+
+
+def _disjoint(pieces: Sequence[r.Piece]) -> bool:
+    """Whether no two pieces of a tensor overlap, by marking each one's cells on the grid of all their faces."""
+    if len(pieces) < 2:
+        return True
+    spans = [[(b, b + e) for b, e in zip(p.begin, p.shape, strict=True)] for p in pieces]
+    faces = [sorted(set(itertools.chain.from_iterable(along))) for along in zip(*spans, strict=True)]
+    if math.prod(len(along) - 1 for along in faces) > MAX_PIECE_CELLS:
+        return False
+    numbers = [{face: n for n, face in enumerate(along)} for along in faces]
+    taken = np.zeros([len(along) - 1 for along in faces], np.bool_)
+    for span in spans:
+        cells = taken[tuple(slice(of[a], of[b]) for of, (a, b) in zip(numbers, span, strict=True))]
+        if cells.any():
+            return False
+        cells[...] = True
+    return True
 
 
 class _Pool:
@@ -222,10 +248,14 @@ class _Decoder:
             raise _corrupt("The files' digests are too many or too few.", "Files.digest", digest.size, 32 * path.size)
         digests = digest.tobytes()
         files: dict[str, r.FileRecord] = {}
+        last: str | None = None
         for n, (p, size, k) in enumerate(zip(path.tolist(), length.tolist(), kind.tolist(), strict=True)):
             name = self.string(p)
-            if name in files:
-                raise _corrupt("A file is named twice.", "Files.path", name)
+            if last is not None and name <= last:
+                raise _corrupt(
+                    "The files are not in the order of their paths, or one is named twice.", "Files.path", name
+                )
+            last = name
             if size >= MAX_TENSOR_BYTES:
                 raise _corrupt("A file's length is impossible.", "Files.length", size)
             files[name] = r.FileRecord(name, size, _member(r.FileKind, k, "Files.kind"), digests[32 * n : 32 * (n + 1)])
@@ -291,8 +321,13 @@ class _Decoder:
             dimension = dims.parse(text)
         except ExportError as error:
             raise _corrupt("A symbolic dimension is malformed.", "Manifest.symbolic_dims", text[:80]) from error
-        if isinstance(dimension, int):
-            raise _corrupt("A symbolic dimension has no symbols.", "Manifest.symbolic_dims", text[:80])
+        if isinstance(dimension, int) or dimension.text != text:
+            raise _corrupt(
+                "A symbolic dimension has no symbols, or is not in its canonical form.",
+                "Manifest.symbolic_dims",
+                text[:80],
+                str(dimension)[:80],
+            )
         return dimension
 
     # --- trees and specs
@@ -374,14 +409,16 @@ class _Decoder:
         # A 0 does not hide what stands beside it: numpy refuses such shapes too.
         if math.prod(d or 1 for d in shape if isinstance(d, int)) * max(kind.bits, 8) > 8 * MAX_TENSOR_BYTES:
             raise _corrupt("A tensor's size is impossible.", f"{field}.dim", shape)
-        return TensorSpec(
-            shape,
-            kind,
-            weak,
-            self._partitions[partition - 1] if partition else None,
-            self.string_plus1(memory),
-            self._partitions[logical - 1] if logical else None,
-        )
+        split = self._partitions[partition - 1] if partition else None
+        axes = self._partitions[logical - 1] if logical else None
+        for found, name in ((split, "partition_plus1"), (axes, "logical_axes_plus1")):
+            if found is not None and len(found.entries) > len(shape):
+                raise _corrupt(
+                    "A partition spec has more entries than dimensions.", f"{field}.{name}", found.entries, len(shape)
+                )
+        if axes is not None and axes.mesh is not None:
+            raise _corrupt("Logical axes are those of a mesh.", f"{field}.logical_axes_plus1", axes.mesh)
+        return TensorSpec(shape, kind, weak, split, self.string_plus1(memory), axes)
 
     # --- functions
 
@@ -398,30 +435,43 @@ class _Decoder:
             raise _corrupt(
                 "The StableHLO is not inside its file.", "Module.stablehlo_length", f"{length} bytes at {offset}"
             )
+        form = _member(r.ModuleFormat, row.integer("format", "<B"), "Module.format")
+        if form is r.ModuleFormat.PORTABLE_ARTIFACT and (offset, length) != (0, file.length):
+            raise _corrupt(
+                "The StableHLO is not its whole file.",
+                "Module.stablehlo_length",
+                f"{length} bytes at {offset}",
+                file.length,
+            )
         arguments = self.specs(row.table("arguments", "Specs"), "Module.arguments")
         results = self.specs(row.table("results", "Specs"), "Module.results")
         kept = _below(row.vector("kept", np.uint32), len(arguments), "Module.kept")
         donated = _below(row.vector("donated", np.uint32), len(arguments), "Module.donated")
-        for column, name in ((kept, "kept"), (donated, "donated")):
-            if (np.diff(column.astype(np.int64)) <= 0).any():
-                raise _corrupt("Arguments are not listed in ascending order.", f"Module.{name}")
+        _ascending(kept, "Module.kept")
+        _ascending(donated, "Module.donated")
         captures: tuple[r.Capture, ...] = ()
         if row.has("captures"):
             table = row.table("captures", "Captures")
             weights, leaf = table.vector("weights", np.uint32), table.vector("leaf", np.uint32)
-            flags = table.vector("differentiable", np.uint8)
-            _same_length("Captures", weights.size, leaf=leaf, differentiable=flags)
+            flags, argument = table.vector("differentiable", np.uint8), table.vector("argument", np.uint32)
+            _same_length("Captures", weights.size, leaf=leaf, differentiable=flags, argument=argument)
+            _ascending(_below(argument, len(arguments), "Captures.argument"), "Captures.argument")
             good = _flags(flags, "Captures.differentiable")
-            captures = tuple(
-                r.Capture(self.string(w), n, d) for w, n, d in zip(weights.tolist(), leaf.tolist(), good, strict=True)
-            )
-            if len(captures) > len(arguments):
-                raise _corrupt("A module has more captures than arguments.", "Module.captures", len(captures))
+            rows = zip(weights.tolist(), leaf.tolist(), good, argument.tolist(), strict=True)
+            captures = tuple(r.Capture(self.string(w), n, d, a) for w, n, d, a in rows)
+        traced = row.integer("traced")
+        if not len(arguments) - len(captures) <= traced <= len(arguments):
+            raise _corrupt("A module was traced with an impossible number of arguments.", "Module.traced", traced)
+        if not {c.argument for c in captures}.issuperset(range(traced, len(arguments))):
+            raise _corrupt("An argument was hoisted from a module's code and is no capture.", "Module.traced", traced)
+        mesh = row.integer("mesh_plus1")
+        if mesh > len(self._meshes):
+            raise _corrupt("An index points past the end of its table.", "Module.mesh_plus1", mesh)
         if row.integer("num_devices") < 1:
             raise _corrupt("A module runs on no device.", "Module.num_devices", 0)
         return r.ModuleRecord(
             file=file.path,
-            format=_member(r.ModuleFormat, row.integer("format", "<B"), "Module.format"),
+            format=form,
             offset=offset,
             length=length,
             stablehlo_version=row.string("stablehlo_version"),
@@ -430,6 +480,8 @@ class _Decoder:
             num_devices=row.integer("num_devices"),
             arguments=arguments,
             results=results,
+            traced=traced,
+            mesh=self._meshes[mesh - 1] if mesh else None,
             kept=None if row.boolean("all_kept") else tuple(kept.tolist()),
             donated=tuple(donated.tolist()),
             captures=captures,
@@ -473,7 +525,8 @@ class _Decoder:
             raise _corrupt("A function's outputs are a list of arguments.", "Function.outputs")
         primal = self.module(row.table("primal", "Module"))
         vjps = tuple(self.module(m) for m in row.tables("vjps", "Module"))
-        if len(primal.arguments) != inputs.num_leaves + len(primal.captures):
+        leaves = inputs.num_leaves
+        if [c.argument for c in primal.captures] != list(range(leaves, len(primal.arguments))):
             raise _corrupt(
                 "A module's arguments are not the leaves of its function's inputs and its captures.",
                 "Module.arguments",
@@ -487,6 +540,20 @@ class _Decoder:
                 len(primal.results),
                 outputs.num_leaves,
             )
+        before = primal
+        for vjp in vjps:
+            counts = vjp.traced, len(vjp.results)
+            if counts != (before.traced + len(before.results), before.traced):
+                raise _corrupt(
+                    "A VJP's arguments and results are not those of the module before it and their cotangents.",
+                    "Function.vjps",
+                    counts,
+                    (before.traced + len(before.results), before.traced),
+                )
+            own = [c.argument for c in vjp.captures if c.argument < vjp.traced]
+            if own != [c.argument for c in before.captures if c.argument < before.traced]:
+                raise _corrupt("A VJP's captures are not those of the module before it.", "Captures.argument", own)
+            before = vjp
         constraints = row.strings("constraints")
         for text in constraints:
             try:
@@ -579,7 +646,9 @@ class _Decoder:
                     stop = corner + len(shape)
                     begin, extent = tuple(begins[corner:stop].tolist()), tuple(extents[corner:stop].tolist())
                     corner = stop
-                    if len(begin) != len(shape) or any(b + e > s for b, e, s in zip(begin, extent, shape, strict=True)):
+                    if not len(begin) == len(extent) == len(shape) or any(
+                        b + e > s for b, e, s in zip(begin, extent, shape, strict=True)
+                    ):
                         raise _corrupt("A piece leaves its tensor.", "Weights.piece_begin", names[leaf])
                 stop = at + 32 * -(-spec.kind.storage_nbytes(extent) // r.CHUNK_SIZE)
                 if stop > len(digests):
@@ -590,7 +659,7 @@ class _Decoder:
                 seen.add((files[n], own))
                 parts.append(r.Piece(paths[files[n]], own, begin, extent, digests[at:stop]))
                 at = stop
-            if sum(math.prod(p.shape) for p in parts) != math.prod(shape):
+            if sum(math.prod(p.shape) for p in parts) != math.prod(shape) or not _disjoint(parts):
                 raise _corrupt("A tensor's pieces do not make up the tensor.", "Weights.piece_shape", names[leaf])
             pieces.append(tuple(parts))
         if at != len(digests) or corner != begins.size or corner != extents.size:

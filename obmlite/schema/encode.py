@@ -184,6 +184,7 @@ class _Encoder:
                 weights=self.column([self.strings(c.weights) for c in m.captures], "<u4"),
                 leaf=self.column([c.leaf for c in m.captures], "<u4"),
                 differentiable=self.column([c.differentiable for c in m.captures], "u1"),
+                argument=self.column([c.argument for c in m.captures], "<u4"),
             )
         return self.table(
             "Module",
@@ -210,6 +211,8 @@ class _Encoder:
             jax_version=self.text(m.jax_version),
             jaxlib_version=self.text(m.jaxlib_version),
             name=self.text(m.name),
+            traced=m.traced,
+            mesh_plus1=self.meshes.plus1(m.mesh),
         )
 
     def fixed(self, f: r.FixedArgument) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from obmlite.specs import TensorSpec
+from obmlite.specs import MeshSpec, TensorSpec
 from obmlite.tree import Tree
 
 FORMAT_MAJOR = 1
@@ -101,16 +101,21 @@ class Binding:
 
 @dataclass(frozen=True, slots=True)
 class Capture:
-    """A leaf of a weights object that a module takes as one of its last arguments."""
+    """A leaf of a weights object that a module takes as argument number ``argument``."""
 
     weights: str
     leaf: int
     differentiable: bool
+    argument: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleRecord:
-    """One StableHLO module with what calling it needs. ``kept`` None means that it takes all arguments."""
+    """One StableHLO module with what calling it needs.
+
+    ``kept`` None means that it takes all arguments. ``traced`` is how many arguments it was traced with; those behind
+    were hoisted from its code. ``mesh`` is the one that the function fixes, if it does.
+    """
 
     file: str
     format: ModuleFormat
@@ -122,6 +127,8 @@ class ModuleRecord:
     num_devices: int
     arguments: tuple[TensorSpec, ...]
     results: tuple[TensorSpec, ...]
+    traced: int
+    mesh: MeshSpec | None = None
     kept: tuple[int, ...] | None = None
     donated: tuple[int, ...] = ()
     captures: tuple[Capture, ...] = ()

@@ -101,7 +101,8 @@ def spec(text: str, **more: Any) -> TensorSpec:
 
 MESH = MeshSpec(("data", "modèle"), (4, 2), (AxisType.AUTO, AxisType.EXPLICIT))
 SPLIT = Partition((("data", "modèle"), None, UNCONSTRAINED), MESH, ("modèle",), ("data",))
-LOGICAL = Partition((("batch",), None))
+ROWS = Partition((("data",),), MESH)
+LOGICAL = Partition((("batch",),))
 
 
 def sample() -> records.ManifestRecord:
@@ -133,11 +134,16 @@ def sample() -> records.ManifestRecord:
         calling_convention=10,
         platforms=("cpu", "tpu"),
         num_devices=1,
-        arguments=(symbolic, key, *(spec("~bf16[]") for _ in leaves[1:])),
+        arguments=(symbolic, key, *(spec("~bf16[]") for _ in leaves)),
         results=(symbolic, spec("float0[3]", memory_kind="pinned_host")),
+        traced=len(leaves) + 1,
+        mesh=MESH,
         kept=(0, 2, 5),
         donated=(1, 2),
-        captures=(records.Capture("params", 1, True),),
+        captures=(
+            records.Capture("params", 1, True, len(leaves)),
+            records.Capture("params", 0, False, len(leaves) + 1),  # hoisted from the code
+        ),
         ordered_effects=("io",),
         unordered_effects=("debug", ""),
         disabled_checks=("custom_call:f",),
@@ -147,6 +153,21 @@ def sample() -> records.ManifestRecord:
         jax_version="0.10.2",
         jaxlib_version="0.10.1",
         name="apply",
+    )
+    vjp = dataclasses.replace(
+        primal,
+        format=records.ModuleFormat.PORTABLE_ARTIFACT,
+        offset=0,
+        length=5000,
+        arguments=(*primal.arguments[: primal.traced], *primal.results, key),
+        results=primal.arguments[: primal.traced],
+        traced=primal.traced + len(primal.results),
+        mesh=None,
+        kept=None,
+        captures=(
+            primal.captures[0],
+            records.Capture("params", 3, True, primal.traced + len(primal.results)),
+        ),
     )
     apply = records.FunctionRecord(
         name="apply",
@@ -165,7 +186,7 @@ def sample() -> records.ManifestRecord:
         ),
         constraints=("b <= 16",),
         bindings=(records.Binding("params", "params", "x.y"), records.Binding("x", "params")),
-        vjps=(dataclasses.replace(primal, kept=None, captures=(), format=records.ModuleFormat.PORTABLE_ARTIFACT),),
+        vjps=(vjp,),
         compile_options={"tpu": {"xla_flag": True}, "cpu": {}},
         visibility=records.Visibility.PRIVATE,
     )
@@ -187,7 +208,7 @@ def sample() -> records.ManifestRecord:
             spec("float0[4]"),
             dataclasses.replace(big, weak_type=True),
             spec("int4[3,6]"),
-            dataclasses.replace(big, partition=SPLIT),
+            dataclasses.replace(big, partition=ROWS),
         ),
         leaf_tensor=np.array([3, 2, -1, 0, 1, 0]),
         tensor_leaf=np.array([5, 4, 1, 0]),
@@ -302,8 +323,8 @@ entries = st.none() | st.just(UNCONSTRAINED) | st.lists(texts, min_size=1, max_s
 axes = st.lists(texts, max_size=2).map(lambda a: tuple(sorted(a)))
 
 
-def partitions(mesh: Any) -> st.SearchStrategy[Partition]:
-    return st.builds(Partition, st.lists(entries, max_size=3).map(tuple), mesh, axes, axes)
+def partitions(mesh: Any, rank: int) -> st.SearchStrategy[Partition]:
+    return st.builds(Partition, st.lists(entries, max_size=rank).map(tuple), mesh, axes, axes)
 
 
 symbolic = st.sampled_from(["b", "2*b + 1", "max(b, c) - 1", "floordiv(é, 2)", "b^2"]).map(dims.parse)
@@ -314,14 +335,16 @@ strange_kinds = kinds | st.just(dtypes.by_code(dtypes.KEY, "a-prng.of-its-own"))
 
 
 def tensor_specs(dim: Any, kind: Any = kinds) -> st.SearchStrategy[TensorSpec]:
-    return st.builds(
-        TensorSpec,
-        st.lists(dim, max_size=4).map(tuple),
-        kind,
-        st.booleans(),
-        st.none() | partitions(st.none() | meshes),
-        st.none() | texts,
-        st.none() | partitions(st.none()),
+    return st.lists(dim, max_size=4).flatmap(
+        lambda shape: st.builds(
+            TensorSpec,
+            st.just(tuple(shape)),
+            kind,
+            st.booleans(),
+            st.none() | partitions(st.none() | meshes, min(len(shape), 3)),
+            st.none() | texts,
+            st.none() | partitions(st.none(), min(len(shape), 3)),
+        )
     )
 
 
@@ -336,17 +359,24 @@ def indices(count: int) -> st.SearchStrategy[tuple[int, ...]]:
 
 
 strings = st.lists(texts, max_size=3).map(tuple)
-u64 = st.integers(0, 2**40)
+u64 = st.integers(0, 2**62 - 1)
+
+FUNCTION_BYTES = 1 << 20
 
 
 @st.composite
-def modules(draw: Any, file: str, arguments: int, results: int, captures: int) -> records.ModuleRecord:
+def modules(draw: Any, file: str, traced: int, results: int, captured: list[int], hoisted: int) -> records.ModuleRecord:
+    """A module of `traced` arguments, of which some are captured, and of `hoisted` more."""
+    arguments = traced + hoisted
+    captured = [*captured, *range(traced, arguments)]
     rows = st.lists(tensor_specs(any_dim, strange_kinds), min_size=arguments, max_size=arguments)
-    length = draw(st.integers(1, 1 << 20))
+    form = draw(st.sampled_from(records.ModuleFormat))
+    whole = form is records.ModuleFormat.PORTABLE_ARTIFACT
+    length = FUNCTION_BYTES if whole else draw(st.integers(1, FUNCTION_BYTES))
     return records.ModuleRecord(
         file=file,
-        format=draw(st.sampled_from(records.ModuleFormat)),
-        offset=draw(st.integers(0, (1 << 20) - length)),
+        format=form,
+        offset=draw(st.integers(0, FUNCTION_BYTES - length)),
         length=length,
         stablehlo_version=draw(texts),
         calling_convention=draw(st.integers(0, 2**32 - 1)),
@@ -357,8 +387,11 @@ def modules(draw: Any, file: str, arguments: int, results: int, captures: int) -
         kept=draw(st.none() | indices(arguments)),
         donated=draw(indices(arguments)),
         captures=tuple(
-            draw(st.builds(records.Capture, texts, st.integers(0, 2**32 - 1), st.booleans())) for _ in range(captures)
+            draw(st.builds(records.Capture, texts, st.integers(0, 2**32 - 1), st.booleans(), st.just(n)))
+            for n in captured
         ),
+        traced=traced,
+        mesh=draw(st.none() | meshes),
         **{n: draw(strings) for n in ("ordered_effects", "unordered_effects", "disabled_checks", "custom_calls")},
         uses_global_constants=draw(st.booleans()),
         dialects=draw(strings),
@@ -379,8 +412,12 @@ def functions(draw: Any, name: str, file: str) -> records.FunctionRecord:
     except trees.LeafError:  # an argument's name may clash with another's leaf
         arguments, inputs = {}, trees.flatten_arguments({})[1]
     outputs = trees.flatten(draw(pytrees))[1]
-    captures = draw(st.integers(0, 2))
-    vjps = draw(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 3), st.integers(0, 1)), max_size=2))
+    captured = list(range(inputs.num_leaves, inputs.num_leaves + draw(st.integers(0, 2))))
+    traced, results = inputs.num_leaves + len(captured), outputs.num_leaves
+    chain = []
+    for _ in range(draw(st.integers(1, 3))):
+        chain.append(draw(modules(file, traced, results, captured, draw(st.integers(0, 2)))))
+        traced, results = traced + results, traced
     fixed = st.builds(records.FixedArgument, texts, st.sampled_from(records.FixedKind), st.just(True), statics, texts)
     unheld = st.builds(
         records.FixedArgument, texts, st.sampled_from(records.FixedKind), st.just(False), st.none(), texts
@@ -392,11 +429,11 @@ def functions(draw: Any, name: str, file: str) -> records.FunctionRecord:
         inputs=inputs,
         outputs=outputs,
         argument_kinds=tuple(draw(st.sampled_from(records.ArgumentKind)) for _ in arguments),
-        primal=draw(modules(file, inputs.num_leaves + captures, outputs.num_leaves, captures)),
+        primal=chain[0],
         fixed=tuple(draw(st.lists(fixed | unheld, max_size=2))),
         constraints=draw(st.sampled_from([(), ("b <= 16",), ("2*b >= c", "mod(c, 2) == 0")])),
         bindings=draw(bindings),
-        vjps=tuple(draw(modules(file, *counts)) for counts in vjps),
+        vjps=tuple(chain[1:]),
         compile_options=draw(st.dictionaries(texts, metadata, max_size=2)),
     )
 
@@ -414,7 +451,8 @@ def weights(draw: Any, name: str, files: list[str]) -> records.WeightsRecord:
         if row.kind.storage and tensor_leaf and draw(st.booleans()):
             tensor = draw(st.integers(0, len(tensor_leaf) - 1))
             first = rows[tensor_leaf[tensor]]
-            rows.append(dataclasses.replace(row, shape=first.shape, kind=first.kind))
+            bare = dataclasses.replace(row, partition=None, logical_axes=None)  # which may not fit the other shape
+            rows.append(dataclasses.replace(bare, shape=first.shape, kind=first.kind))
             leaf_tensor.append(tensor)
             continue
         rows.append(row)
@@ -498,15 +536,19 @@ def manifests(draw: Any) -> records.ManifestRecord:
     names = draw(st.lists(odd_names.filter(bool), unique=True, max_size=4))
     kinds_of = {name: draw(st.sampled_from(["function", "polymorphic", "weights"])) for name in names}
     files = {
-        path: records.FileRecord(path, max(1 << 20, draw(u64)), kind, draw(st.binary(min_size=32, max_size=32)))
-        for path, kind in [
-            (draw(odd_names) + "/f", records.FileKind.FUNCTION),
-            (draw(odd_names) + "/s", records.FileKind.SUPPLEMENTAL),
-            (draw(odd_names) + "/w", records.FileKind.WEIGHTS),
-            (draw(odd_names) + "/w2", records.FileKind.WEIGHTS),
-        ]
+        path: records.FileRecord(path, length, kind, draw(st.binary(min_size=32, max_size=32)))
+        for path, length, kind in sorted(
+            [
+                (draw(odd_names) + "/f", FUNCTION_BYTES, records.FileKind.FUNCTION),
+                (draw(odd_names) + "/s", draw(u64), records.FileKind.SUPPLEMENTAL),
+                (draw(odd_names) + "/w", draw(u64), records.FileKind.WEIGHTS),
+                (draw(odd_names) + "/w2", draw(u64), records.FileKind.WEIGHTS),
+            ]
+        )
     }
-    function_file, supplemental_file, *weights_files = files
+    paths = {kind: [f.path for f in files.values() if f.kind is kind] for kind in records.FileKind}
+    (function_file,), (supplemental_file,) = paths[records.FileKind.FUNCTION], paths[records.FileKind.SUPPLEMENTAL]
+    weights_files = paths[records.FileKind.WEIGHTS]
 
     def of(kind: str, make: Any) -> dict[str, Any]:
         return {name: draw(make(name)) for name, found in kinds_of.items() if found == kind}

@@ -127,7 +127,7 @@ def numbers(name, field):
     """``1 public, 2 private`` → {1: "public", 2: "private"} of one field of the page."""
     section = FORMAT.read_text().split(f"\n#### {name}\n")[1].split("\n#### ")[0].split("\n## ")[0]
     text = re.search(rf"^\| \d+ \| `{field}` \| \S+ \| (.*) \|$", section, re.M)[1]
-    return [int(n) for n in re.findall(r"(?:^|[ ,])(\d)(?= [a-z]|: | =)", text)]
+    return [int(n) for n in re.findall(r"(?:^|[,;:] )(\d)(?= [a-z]|: | = )", text)]
 
 
 @pytest.mark.parametrize(

@@ -1481,13 +1481,42 @@ class Captures(object):
         o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(8))
         return o == 0
 
-def CapturesStart(builder): builder.StartObject(3)
+    # Captures
+    def Argument(self, j):
+        o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(10))
+        if o != 0:
+            a = self._tab.Vector(o)
+            return self._tab.Get(flatbuffers.number_types.Uint32Flags, a + flatbuffers.number_types.UOffsetTFlags.py_type(j * 4))
+        return 0
+
+    # Captures
+    def ArgumentAsNumpy(self):
+        o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(10))
+        if o != 0:
+            return self._tab.GetVectorAsNumpy(flatbuffers.number_types.Uint32Flags, o)
+        return 0
+
+    # Captures
+    def ArgumentLength(self):
+        o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(10))
+        if o != 0:
+            return self._tab.VectorLen(o)
+        return 0
+
+    # Captures
+    def ArgumentIsNone(self):
+        o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(10))
+        return o == 0
+
+def CapturesStart(builder): builder.StartObject(4)
 def CapturesAddWeights(builder, weights): builder.PrependUOffsetTRelativeSlot(0, flatbuffers.number_types.UOffsetTFlags.py_type(weights), 0)
 def CapturesStartWeightsVector(builder, numElems): return builder.StartVector(4, numElems, 4)
 def CapturesAddLeaf(builder, leaf): builder.PrependUOffsetTRelativeSlot(1, flatbuffers.number_types.UOffsetTFlags.py_type(leaf), 0)
 def CapturesStartLeafVector(builder, numElems): return builder.StartVector(4, numElems, 4)
 def CapturesAddDifferentiable(builder, differentiable): builder.PrependUOffsetTRelativeSlot(2, flatbuffers.number_types.UOffsetTFlags.py_type(differentiable), 0)
 def CapturesStartDifferentiableVector(builder, numElems): return builder.StartVector(1, numElems, 1)
+def CapturesAddArgument(builder, argument): builder.PrependUOffsetTRelativeSlot(3, flatbuffers.number_types.UOffsetTFlags.py_type(argument), 0)
+def CapturesStartArgumentVector(builder, numElems): return builder.StartVector(4, numElems, 4)
 def CapturesEnd(builder): return builder.EndObject()
 
 
@@ -1801,7 +1830,21 @@ class Module(object):
             return self._tab.String(o + self._tab.Pos)
         return None
 
-def ModuleStart(builder): builder.StartObject(23)
+    # Module
+    def Traced(self):
+        o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(50))
+        if o != 0:
+            return self._tab.Get(flatbuffers.number_types.Uint32Flags, o + self._tab.Pos)
+        return 0
+
+    # Module
+    def MeshPlus1(self):
+        o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(52))
+        if o != 0:
+            return self._tab.Get(flatbuffers.number_types.Uint32Flags, o + self._tab.Pos)
+        return 0
+
+def ModuleStart(builder): builder.StartObject(25)
 def ModuleAddFile(builder, file): builder.PrependUint32Slot(0, file, 0)
 def ModuleAddFormat(builder, format): builder.PrependUint8Slot(1, format, 0)
 def ModuleAddStablehloOffset(builder, stablehloOffset): builder.PrependUint64Slot(2, stablehloOffset, 0)
@@ -1833,6 +1876,8 @@ def ModuleStartDialectsVector(builder, numElems): return builder.StartVector(4, 
 def ModuleAddJaxVersion(builder, jaxVersion): builder.PrependUOffsetTRelativeSlot(20, flatbuffers.number_types.UOffsetTFlags.py_type(jaxVersion), 0)
 def ModuleAddJaxlibVersion(builder, jaxlibVersion): builder.PrependUOffsetTRelativeSlot(21, flatbuffers.number_types.UOffsetTFlags.py_type(jaxlibVersion), 0)
 def ModuleAddName(builder, name): builder.PrependUOffsetTRelativeSlot(22, flatbuffers.number_types.UOffsetTFlags.py_type(name), 0)
+def ModuleAddTraced(builder, traced): builder.PrependUint32Slot(23, traced, 0)
+def ModuleAddMeshPlus1(builder, meshPlus1): builder.PrependUint32Slot(24, meshPlus1, 0)
 def ModuleEnd(builder): return builder.EndObject()
 
 

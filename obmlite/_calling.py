@@ -1,0 +1,95 @@
+"""One jitted call: of a function, with some of its arguments bound to weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from obmlite.errors import ObmliteError, add_facts, context
+
+if TYPE_CHECKING:
+    from obmlite.function import Function
+    from obmlite.signature import Signature
+    from obmlite.tree import Tree
+
+_JAX_ERRORS = (TypeError, ValueError, RuntimeError, NotImplementedError)
+"""What JAX raises for a call that it refuses; jaxlib's own error is a RuntimeError."""
+
+
+class Call:
+    """A function under one ``jax.jit``, some arguments bound.
+
+    Weights and captures are arguments of the jitted function, as flat tuples: as constants they would be compiled in,
+    and JAX takes a tuple apart faster than a nested dict.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Function,
+        signature: Signature,
+        bound: Mapping[str, Tree],
+        weights: Sequence[Sequence[Any]],
+    ) -> None:
+        """Makes the call ready; nothing is traced yet.
+
+        Args:
+          name: for errors.
+          function: what to call.
+          signature: of the arguments that are not bound.
+          bound: the tree of each argument that is.
+          weights: the leaves of each of these.
+        """
+        function.load()  # so that what is wrong with its file is not found while tracing
+        self._name = name
+        self._function = function
+        self._signature = signature
+        self._bound = dict(bound)
+        self._arrays = (tuple(map(tuple, weights)), function.captures)
+        self._donated = signature.covered(function.donated_names)
+        self._mesh = function.mesh
+
+        def run(arrays: Any, donated: dict[str, Any], args: Any, kwargs: Any) -> Any:
+            leaves, captures = arrays
+            given = {**donated, **kwargs} if self._donated else signature.bind(args, kwargs)
+            weights = {a: tree.unflatten(own) for (a, tree), own in zip(self._bound.items(), leaves, strict=True)}
+            return function.trace({**weights, **given}, captures)
+
+        run.__name__ = name
+        self._jitted = jax.jit(run, donate_argnums=1 if self._donated else ())
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls it.
+
+        Raises:
+          ArgumentError: the arguments do not match the signature.
+          PlatformError: the function was not exported for the platform that it would run on.
+        """
+        if kwargs and self._signature.fixed:
+            with context(object=self._name, package=self._function.package):
+                kwargs = self._signature.drop_fixed(kwargs)
+        try:
+            if self._mesh is not None and not _traced((args, kwargs)):
+                with jax.set_mesh(self._mesh):
+                    return self._run(args, kwargs)
+            return self._run(args, kwargs)
+        except ObmliteError as error:
+            add_facts(error, object=self._name, package=self._function.package)
+            raise
+        except _JAX_ERRORS as error:
+            self._function.explain(error, self._signature, args, kwargs)
+            raise
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._donated:
+            return self._jitted(self._arrays, {}, args, kwargs)
+        given = self._signature.bind(args, kwargs)
+        donated = {name: given.pop(name) for name in self._donated}
+        return self._jitted(self._arrays, donated, (), given)
+
+
+def _traced(arguments: Any) -> bool:
+    """Whether a call is part of what is being traced, whose devices are then the outer call's."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments))

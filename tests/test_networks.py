@@ -1,0 +1,181 @@
+"""Networks through save → a process that has never seen their code → the same numbers, and the same gradients."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import obmlite
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import networks
+
+ROOT = pathlib.Path(__file__).parent.parent
+ENGINES = ("export", "rebuild")
+
+
+def copied(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.copy(), tree)
+
+
+def gradient(call: Callable[..., Any], arguments: Any) -> list[Any]:
+    """Of the sum of squares of the results, with respect to each argument's leaves that are real or complex."""
+    leaves, tree = jax.tree.flatten(copied(arguments))
+    free = [n for n, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+    def loss(values: list[Any]) -> Any:
+        given = list(leaves)
+        for n, value in zip(free, values, strict=True):
+            given[n] = value
+        results = jax.tree.leaves(call(*jax.tree.unflatten(tree, given)))
+        return sum(jnp.sum(jnp.real(r * jnp.conj(r))) for r in results if jnp.issubdtype(r.dtype, jnp.inexact))
+
+    return jax.grad(loss)([leaves[n] for n in free])
+
+
+FRESH = """
+import importlib.abc, json, sys
+from typing import Any, Callable
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("networks", "tests", "flax", "conftest"):
+            raise ImportError(f"{name} is not there")
+
+sys.meta_path.insert(0, Refuse())
+import jax
+import jax.numpy as jnp
+import numpy as np
+import obmlite
+
+COPIED
+
+GRADIENT
+
+engine, folder, *names = sys.argv[1:]
+arrays, trees = {}, {}
+for name in names:
+    model = obmlite.load(f"{folder}/{name}.obm", engine=engine)
+    (function,) = model.functions.values()
+    assert function.engine == engine, function.engine
+    own = list(obmlite.load(f"{folder}/{name}.inputs").weights["inputs"].restore().values())
+    weights = [model.weights[binding.weights].restore() for binding in function.bindings]
+    inputs, again = copied(own), copied(own)
+    results = {
+        "model": model(*inputs),
+        "model, once more": model(*again),
+        "function": function(*weights, *copied(own)),
+        "gradient": gradient(lambda *args: function(*args), [*weights, *own]),
+    }
+    deleted = [any(leaf.is_deleted() for leaf in jax.tree.leaves(i)) for i in inputs]
+    trees[name] = {
+        "results": str(jax.tree.structure(results["model"])),
+        "deleted": deleted,
+        "all": [all(leaf.is_deleted() for leaf in jax.tree.leaves(i)) for i in inputs],
+    }
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves([weights, own]))
+    for what, tree in results.items():
+        arrays |= {f"{name}/{what}/{n}": np.asarray(leaf) for n, leaf in enumerate(jax.tree.leaves(tree))}
+assert "networks" not in sys.modules
+np.savez(f"{folder}/{engine}.npz", **arrays)
+with open(f"{folder}/{engine}.json", "w") as file:
+    json.dump(trees, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, networks.Network]:
+    return {name: make() for name, make in networks.ALL.items()}
+
+
+@pytest.fixture(scope="module")
+def packages(made: dict[str, networks.Network], tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("networks")
+    for name, network in made.items():
+        network.model().save(folder / f"{name}.obm")
+        inputs = obmlite.Weights({f"{n}": value for n, value in enumerate(network.inputs.values())})
+        obmlite.Model({"inputs": inputs}).save(folder / f"{name}.inputs")
+    return folder
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def fresh(request: pytest.FixtureRequest, packages: pathlib.Path) -> tuple[str, Any, Any]:
+    """What one process that knows only obmlite computes with all of them."""
+    script = packages / "fresh.py"
+    text = FRESH.replace("COPIED", inspect.getsource(copied)).replace("GRADIENT", inspect.getsource(gradient))
+    script.write_text(text)
+    # First the one that calls LAPACK: nothing else may have set it up.
+    names = sorted(networks.ALL, key=lambda name: name != "spectral")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, str(script), request.param, str(packages), *names],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=packages,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    with np.load(packages / f"{request.param}.npz") as arrays:
+        return request.param, dict(arrays), json.loads((packages / f"{request.param}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def native(made: dict[str, networks.Network]) -> Callable[[str], tuple[Any, list[Any]]]:
+    """What JAX itself computes, each network once."""
+    held: dict[str, tuple[Any, list[Any]]] = {}
+
+    def compute(name: str) -> tuple[Any, list[Any]]:
+        if name not in held:
+            network = made[name]
+            own = getattr(network.fn, "__wrapped__", network.fn)  # without its jit, which donates
+
+            def call(*args: Any) -> Any:
+                return own(*args, **network.static)
+
+            arguments = [*network.weights.values(), *network.inputs.values()]
+            jitted = jax.jit(call)
+            held[name] = jitted(*arguments), gradient(jitted, arguments)
+        return held[name]
+
+    return compute
+
+
+def part(arrays: dict[str, Any], name: str, what: str) -> list[Any]:
+    prefix = f"{name}/{what}/"
+    return [arrays[f"{prefix}{n}"] for n in range(sum(key.startswith(prefix) for key in arrays))]
+
+
+@pytest.mark.parametrize("what", ["model", "model, once more", "function"])
+@pytest.mark.parametrize("name", networks.ALL)
+def test_forward_is_the_same_to_the_last_bit(name: str, what: str, fresh: Any, native: Any) -> None:
+    _, arrays, trees = fresh
+    results, _ = native(name)
+    assert trees[name]["results"] == str(jax.tree.structure(results))
+    found = part(arrays, name, what)
+    for wanted, value in zip(jax.tree.leaves(results), found, strict=True):
+        wanted = np.asarray(wanted)
+        assert (value.dtype, value.shape) == (wanted.dtype, wanted.shape)
+        assert value.tobytes() == wanted.tobytes(), np.abs(value - wanted).max()
+
+
+@pytest.mark.parametrize("name", networks.ALL)
+def test_gradients_are_the_same(name: str, fresh: Any, native: Any) -> None:
+    _, arrays, _ = fresh
+    _, gradients = native(name)
+    found = part(arrays, name, "gradient")
+    assert found
+    for wanted, value in zip(map(np.asarray, gradients), found, strict=True):
+        assert (value.dtype, value.shape) == (wanted.dtype, wanted.shape)
+        np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max(initial=0))
