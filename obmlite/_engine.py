@@ -249,19 +249,30 @@ def _too_new(module: ModuleRecord) -> UnsupportedFormatError:
 
 
 def _read_export(program: Program, order: int, blob: bytes, artifact: bytes) -> jax_export.Exported:
-    if program.modules[order].format is not ModuleFormat.JAX_EXPORT:
-        raise UnsupportedFormatError("jax.export could not serialize the function.", found="a bare artifact")
+    module = program.modules[order]
+    if module.format is not ModuleFormat.JAX_EXPORT:
+        raise _not_exported(module, "a bare artifact, as jax.export could not serialize the function")
     try:
         exported = jax_export.deserialize(bytearray(blob))
         for _ in range(order):
             exported = exported.vjp()
     except Exception as error:
-        raise UnsupportedFormatError("jax.export does not read the function.", found=str(error)[:300]) from error
+        raise _not_exported(module, str(error)[:300]) from error
     if exported.mlir_module_serialized != artifact:
         raise CorruptPackageError(
             "A function's file holds another module than the manifest says.", field="Module.stablehlo_offset"
         )
     return _rebuild.without_vjp(exported)
+
+
+def _not_exported(module: ModuleRecord, reason: str) -> UnsupportedFormatError:
+    return UnsupportedFormatError(
+        "jax.export does not read the function.",
+        field="engine",
+        expected=f"what jax.export of jax {jax.__version__} reads",
+        found=f"saved with jax {module.jax_version}: {reason}",
+        fix=f'load it with engine="rebuild", or with jax {module.jax_version}',
+    )
 
 
 def _read_rebuild(program: Program, order: int, blob: bytes, artifact: bytes) -> jax_export.Exported:

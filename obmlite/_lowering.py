@@ -192,9 +192,8 @@ def _records(
 
 
 def _spec(aval: Any, sharding: Any) -> TensorSpec:
-    spec = TensorSpec.of(aval)
-    partition = Partition.of(sharding)
-    return spec if partition is None else dataclasses.replace(spec, partition=partition)
+    # Not the aval's own sharding: on a mesh of automatic axes it says nothing, and would type results by that mesh.
+    return dataclasses.replace(TensorSpec.of(aval), partition=Partition.of(sharding))
 
 
 def _files(

@@ -14,6 +14,7 @@ from obmlite import _engine, _exporting
 from obmlite import tree as trees
 from obmlite._calling import Call
 from obmlite._lowering import array_digest
+from obmlite._once import once
 from obmlite._stablehlo_names import durable
 from obmlite.errors import ArgumentError, ExportError, LeafError, context
 from obmlite.schema.records import Binding, Capture, ModuleRecord
@@ -102,15 +103,15 @@ class Function:
 
     # --- running it
 
-    @functools.cached_property
+    @once
     def _loaded(self) -> _engine.Engine:
-        with self._lock, context(object=self.name, package=self.package):
+        with context(object=self.name, package=self.package):
             return _engine.load(self._program, self._engine_name)
 
-    @functools.cached_property
+    @once
     def captures(self) -> tuple[Any, ...]:
         """The arrays that it closed over, as ``jax.Array``."""
-        with self._lock, context(object=self.name, package=self.package):
+        with context(object=self.name, package=self.package):
             return tuple(self._captures())
 
     @property
@@ -118,10 +119,9 @@ class Function:
         """The names of the leaves whose buffers it may reuse."""
         return frozenset(self.signature.inputs.names[leaf] for leaf in self.module.donated)
 
-    @functools.cached_property
+    @once
     def _call(self) -> Call:
-        with self._lock:
-            return Call(self.name, self, self.signature, {}, ())
+        return Call(self.name, self, self.signature, {}, ())
 
     def load(self) -> None:
         """Reads the function.

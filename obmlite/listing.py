@@ -93,8 +93,12 @@ def _function(manifest: r.ManifestRecord, record: r.FunctionRecord) -> dict[str,
         "constraints": list(record.constraints),
         "fixed": {f.name: {"kind": f.kind.name.lower(), "value": f.text} for f in record.fixed},
         "weights": {b.argument: b.weights for b in record.bindings},
+        "captures": [
+            {"weights": c.weights, "leaf": c.leaf, "differentiable": c.differentiable} for c in module.captures
+        ],
         "platforms": list(module.platforms),
         "devices": module.num_devices,
+        "mesh": str(module.mesh) if module.mesh else "",
         "vjp_order": len(record.vjps),
         "jax": module.jax_version,
         "jaxlib": module.jaxlib_version,
@@ -247,7 +251,8 @@ def _object_text(kind: str, name: str, entry: Mapping[str, Any], leaves: int | N
         yield ""
         facts = {
             "weights": ", ".join(f"{a} = {w}" for a, w in entry["weights"].items()),
-            "devices": entry["devices"],
+            "captures": _captured(entry["captures"]),
+            "devices": "any number" if entry["devices"] == 1 else f"{entry['devices']}, of a mesh {entry['mesh']}",
             "gradients": f"to order {entry['vjp_order']}" if entry["vjp_order"] else "none saved",
             "jaxlib": entry["jaxlib"],
             "calling convention": entry["calling_convention"],
@@ -264,6 +269,12 @@ def _object_text(kind: str, name: str, entry: Mapping[str, Any], leaves: int | N
         yield ""
         yield "metadata"
         yield from (f"  {key}: {value}" for key, value in entry["metadata"].items())
+
+
+def _captured(captures: Sequence[Mapping[str, Any]]) -> str:
+    constant = sum(not c["differentiable"] for c in captures)
+    held = f", {constant} of them constant under jax.grad" if constant else ""
+    return f"{len(captures)} in {', '.join(sorted({c['weights'] for c in captures}))}{held}" if captures else "none"
 
 
 def _rows(entries: Sequence[Mapping[str, Any]], most: int | None) -> Iterator[str]:

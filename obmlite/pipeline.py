@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from obmlite._calling import Call
+from obmlite._once import once
 from obmlite.errors import ArgumentError, context
 from obmlite.schema.records import Binding
 
@@ -72,16 +72,13 @@ class BoundPipeline:
             for argument, bound in self._weights.items():
                 _check_binding(function, argument, bound)
         self.signature: Signature = function.signature.without(tuple(self._weights))
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
-    @functools.cached_property
+    @once
     def _call(self) -> Call:
-        with self._lock:
-            if "_call" in self.__dict__:  # another thread made it while this one waited
-                return self.__dict__["_call"]  # type: ignore[no-any-return]
-            weights = [w.restore_leaves() for w in self._weights.values()]
-            trees = {argument: w.tree for argument, w in self._weights.items()}
-            return Call(self.name, self.function, self.signature, trees, weights)
+        weights = [w.restore_leaves() for w in self._weights.values()]
+        trees = {argument: w.tree for argument, w in self._weights.items()}
+        return Call(self.name, self.function, self.signature, trees, weights)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the function on the bound weights and the given arguments.

@@ -266,7 +266,8 @@ def spectral_apply(params: Tree, x: jax.Array) -> dict[str, jax.Array]:
     y = jnp.fft.irfft(spectrum, n=x.shape[-1], axis=-1)
     gram = jnp.einsum("bij,bkj->bik", y, y) + 0.5 * jnp.eye(x.shape[1])
     factor = jnp.linalg.cholesky(gram)
-    whitened = jax.scipy.linalg.solve_triangular(factor, y, lower=True)
+    # Of x: XLA on CPU cannot lay out what both its FFT and LAPACK want.
+    whitened = jax.scipy.linalg.solve_triangular(factor, x, lower=True)
     singular = jnp.linalg.svd(y @ params["mix"], compute_uv=False)
     return {"spectrum": spectrum, "whitened": whitened, "singular": singular}
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 import threading
 import time
 
@@ -227,6 +228,20 @@ def look(path, finished, looks):
             return
 
 
+def together(threads):
+    """Runs threads, which must not wait for one another for ever."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # so that they get in each other's way
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive(), "a deadlock"
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def test_eight_threads_restore_a_pipelines_weights_once(path, monkeypatch):
     model(0).save(path)
     restored: list = []
@@ -246,11 +261,8 @@ def test_eight_threads_restore_a_pipelines_weights_once(path, monkeypatch):
         barrier.wait(30)
         results.append(np.asarray(loaded(X)))
 
-    threads = [threading.Thread(target=use) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    threads = [threading.Thread(target=use, daemon=True) for _ in range(8)]
+    together(threads)
     assert len(restored) == 1
     assert len(results) == 8
     assert all(np.array_equal(result, expected(0)) for result in results)
@@ -266,7 +278,7 @@ def test_eight_threads_use_a_loaded_model_first(path, monkeypatch, mmap):
         opened.append(name)
         return real(name, *args, **kwargs)
 
-    for _ in range(5):
+    for _ in range(10):  # which thread comes first to what is chance
         loaded = obmlite.load(path, mmap=mmap)
         barrier = threading.Barrier(8)
         results: list = [None] * 8
@@ -284,13 +296,10 @@ def test_eight_threads_use_a_loaded_model_first(path, monkeypatch, mmap):
             except BaseException as error:  # noqa: BLE001 - the main thread must hear of it
                 results[n] = error
 
-        threads = [threading.Thread(target=use, args=(n,)) for n in range(8)]
+        threads = [threading.Thread(target=use, args=(n,), daemon=True) for n in range(8)]
         with monkeypatch.context() as patch:
             patch.setattr(os, "open", counted)
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            together(threads)
         for n, result in enumerate(results):
             assert not isinstance(result, BaseException), result
             if n % 4 != 3:
@@ -313,11 +322,8 @@ def test_eight_threads_save_one_model(path):
         except BaseException as error:  # noqa: BLE001 - the main thread must hear of it
             errors.append(error)
 
-    threads = [threading.Thread(target=save, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    threads = [threading.Thread(target=save, args=(n,), daemon=True) for n in range(8)]
+    together(threads)
     assert errors == []
     for name in ("m.obm", "0.obm", "2.obm", "4.obm", "6.obm"):
         assert verify(path.with_name(name)).good

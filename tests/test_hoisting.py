@@ -55,7 +55,9 @@ def check(exported: export.Exported, *args: Any) -> _stablehlo.Module:
     again = _stablehlo.normalise(module.artifact, limit=1024)
     assert (again.hoisted, again.constants, again.artifact) == ((), (), module.artifact)
     assert len(module.artifact) < 10_240
-    assert len(module.artifact) <= len(exported.mlir_module_serialized) - sum(v.nbytes for v in module.hoisted)
+    # The artifacts of JAX 0.9 hold eight bools in a byte.
+    gone = sum(v.nbytes // 8 if v.dtype == bool else v.nbytes for v in module.hoisted)
+    assert len(module.artifact) <= len(exported.mlir_module_serialized) - gone
     after = jax.jit(with_hoisted(exported, module).call)(*args, *module.hoisted)
     assert to_bytes(after) == to_bytes(jax.jit(exported.call)(*args))
     return module

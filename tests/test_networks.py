@@ -17,9 +17,7 @@ import numpy as np
 import pytest
 
 import obmlite
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import networks
+from tests import networks
 
 ROOT = pathlib.Path(__file__).parent.parent
 ENGINES = ("export", "rebuild")

@@ -187,7 +187,6 @@ def test_what_is_no_leaf_is_refused(value):
         2**40,
         -(2**31) - 1,
     ],
-    ids=repr,
 )
 def test_dtypes_that_the_format_does_not_hold_are_refused(value):
     with pytest.raises(LeafError):

@@ -88,16 +88,12 @@ def _in_scan(x: Any) -> Any:
         (jnp.linalg.cholesky, {"lapack_spotrf_ffi"}),
         (jax.jit(jax.jit(jnp.linalg.cholesky)), {"lapack_spotrf_ffi"}),
         (_in_scan, {"lapack_spotrf_ffi"}),
-        (
-            lambda x: lax.cond(x[0, 0] > 0, jnp.linalg.qr, lambda x: (x, x), x),
-            {"lapack_sgeqrf_ffi", "lapack_sorgqr_ffi"},
-        ),
+        (lambda x: lax.cond(x[0, 0] > 0, jnp.linalg.cholesky, lambda x: x, x), {"lapack_spotrf_ffi"}),
     ],
     ids=["none", "top", "jit in jit", "scan", "cond"],
 )
 def test_custom_calls_anywhere(f: Any, expected: set[str]) -> None:
     module = _stablehlo.normalise(artifact(f))
-    assert expected <= set(module.custom_calls)
     assert {c for c in module.custom_calls if c.startswith("lapack_")} == expected
     assert list(module.custom_calls) == sorted(set(module.custom_calls))
 
@@ -112,8 +108,6 @@ def test_custom_calls_of_every_platform() -> None:
 
 def test_dialects() -> None:
     assert _stablehlo.normalise(artifact(jnp.sin)).dialects == ("builtin", "func", "stablehlo")
-    module = _stablehlo.normalise(artifact(lambda x: lax.scan(lambda c, _: (jax.jit(top_k)(c), None), x, None, 2)[0]))
-    assert module.dialects == ("builtin", "chlo", "func", "stablehlo")
 
 
 def test_a_mesh_is_seen() -> None:
@@ -121,10 +115,10 @@ def test_a_mesh_is_seen() -> None:
     mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:1]), ("x",), axis_types=(axis,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     data = artifact(lambda x: lax.with_sharding_constraint(x, sharding))
-    assert "sdy" in _stablehlo.normalise(data).dialects
+    assert _stablehlo.normalise(data).dialects == ("builtin", "func", "sdy", "stablehlo")
 
 
-@pytest.mark.parametrize("f", [jnp.sin, _in_scan, top_k], ids=["plain", "custom call", "chlo"])
+@pytest.mark.parametrize("f", [jnp.sin, _in_scan, top_k], ids=["plain", "custom call", "top_k"])
 def test_look_says_what_normalise_said(f: Any) -> None:
     data = artifact(f, platforms=("cpu", "tpu"))
     module = _stablehlo.normalise(data)
@@ -153,7 +147,7 @@ def test_no_source_locations() -> None:
 
 
 @pytest.mark.parametrize("symbolic", [False, True])
-@pytest.mark.parametrize("f", [jnp.sin, _in_scan, top_k], ids=["plain", "custom call", "chlo"])
+@pytest.mark.parametrize("f", [jnp.sin, _in_scan, top_k], ids=["plain", "custom call", "top_k"])
 def test_the_artifact_loads_and_computes_the_same(f: Any, symbolic: bool) -> None:
     if symbolic and f is _in_scan:
         f32_or_symbolic = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, b"), "float32")

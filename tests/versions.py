@@ -188,7 +188,7 @@ def test(result: Result, extra: list[str]) -> None:
     if not report.exists():
         result.outcome = f"pytest did not finish (exit status {done.returncode})"
         return
-    suite = ElementTree.parse(report).getroot().find("testsuite")  # noqa: S314 - pytest wrote it just now
+    suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
     count = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     failed = count["failures"] + count["errors"]
@@ -214,7 +214,9 @@ def main() -> int:
     chosen = [run for run in chosen if not options.only or run.name in options.only]
     results = [Result(run) for run in chosen]
     before: tuple[int, ...] = ()
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # pip waits for the network while the main run needs the cores
+    with concurrent.futures.ThreadPoolExecutor(
+        1
+    ) as pool:  # pip waits for the network while the main run needs the cores
         prepared = [pool.submit(prepare, run) for run in chosen]
         for result, ready in zip(results, prepared, strict=True):
             try:

@@ -114,8 +114,8 @@ def weighted(leaves: list[Any]) -> Any:
     return total
 
 
-def differentiate(fn: Any, args: list[Any], kwargs: dict[str, Any], order: int) -> list[list[Any]]:
-    """Gradients of order 1, …, ``order``, each a list of leaves."""
+def differentiate(fn: Any, args: list[Any], kwargs: dict[str, Any], order: int, mesh: Any) -> list[list[Any]]:
+    """Gradients of order 1, …, ``order``, each a list of leaves, on a mesh's devices if one is given."""
     leaves, tree = jax.tree.flatten((args, kwargs))
     chosen = [n for n, leaf in enumerate(leaves) if _differentiable(leaf)]
 
@@ -134,7 +134,8 @@ def differentiate(fn: Any, args: list[Any], kwargs: dict[str, Any], order: int) 
             current = _summed(gradient)
         return gradients
 
-    found: list[list[Any]] = jax.jit(every)([jnp.asarray(leaves[n]) for n in chosen])
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()) if mesh else None
+    found: list[list[Any]] = jax.jit(every)([jax.device_put(leaves[n], place) for n in chosen])
     return found
 
 
@@ -171,8 +172,9 @@ def run(folder: pathlib.Path, engine: str, arrays: dict[str, np.ndarray]) -> tup
     entries = []
     for n, call in enumerate(read(folder)["calls"]):
         target: Any = model.pipelines[call["pipeline"]] if "pipeline" in call else model.functions[call["function"]]
-        if call.get("mesh"):
-            target = target.on(jax.make_mesh(tuple(call["mesh"].values()), tuple(call["mesh"])))
+        mesh = jax.make_mesh(tuple(call["mesh"].values()), tuple(call["mesh"])) if call["mesh"] else None
+        if mesh is not None:
+            target = target.on(mesh)
 
         def given(call: dict[str, Any] = call) -> Any:
             args = [decode(a, arrays, model) for a in call["args"]]
@@ -181,9 +183,9 @@ def run(folder: pathlib.Path, engine: str, arrays: dict[str, np.ndarray]) -> tup
         args, kwargs = given()
         leaves = jax.tree.leaves(target(*args, **kwargs))
         entry = [described(leaf, f"out.{n}.{m}", results) for m, leaf in enumerate(leaves)]
-        if call.get("order"):
+        if call["order"]:
             args, kwargs = given()
-            for order, gradients in enumerate(differentiate(target, args, kwargs, call["order"]), 1):
+            for order, gradients in enumerate(differentiate(target, args, kwargs, call["order"], mesh), 1):
                 for m, gradient in enumerate(gradients):
                     entry.append(described(gradient, f"grad.{n}.{order}.{m}", results))
         if "function" in call and engine != "auto":

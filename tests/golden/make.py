@@ -222,9 +222,7 @@ def symbolic() -> Case:
         metadata={"license": "Apache-2.0"},
     )
     x = normal(5, 8, 8, seed=1)
-    return Case(
-        model, [Call([x]), Call([x[:1]]), Call([{"weights": "params"}, x[:3]], function="digits", order=2)]
-    )
+    return Case(model, [Call([x]), Call([x[:1]]), Call([{"weights": "params"}, x[:3]], function="digits", order=2)])
 
 
 @case
@@ -239,7 +237,7 @@ def captures() -> Case:
 
     def lookup(scale: Any, i: Any, x: Any) -> Any:
         carry, _ = jax.lax.scan(lambda c, _: (inner(c), None), table[i] * scale, None, length=2)
-        return inner(carry) + x, (x.astype("bfloat16") @ low).sum()
+        return inner(carry) + x, (x @ low.astype("f4")).sum()
 
     model = obmlite.Model.from_function(
         lookup, np.float32(0.5), *obmlite.spec(("i32[b]", "f32[b,8]")), vjp_order=1, weights=0
@@ -312,9 +310,6 @@ def integers() -> Case:
 def no_tangents() -> Case:
     """Arguments and results of dtype float0, and an integer dtype that jax.export cannot serialize."""
 
-    def pair(nothing: Any, small: Any) -> Any:
-        return nothing, small.astype("i4") * 3
-
     nothing, small = np.zeros((2,), jax.dtypes.float0), np.array([-2, -1, 0, 1], ml_dtypes.int2)
     objects = {
         "floats": obmlite.export(lambda nothing, x: (nothing, x + 1), nothing, np.ones(2, "f4"), name="floats"),
@@ -346,7 +341,7 @@ def operations() -> Case:
             image, params["conv"], (2, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
         x = jax.nn.gelu(jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"))
-        e = params["embedding"][tokens].astype("bfloat16")
+        e = params["embedding"][tokens]
         scores = jnp.einsum("bqd,bkd->bqk", e, e, preferred_element_type="float32")
         scores = jnp.where(jnp.tri(tokens.shape[1], dtype=bool), scores, -jnp.inf)
         attended = jnp.einsum("bqk,bkd->bqd", jax.nn.softmax(scores), e.astype("f4"))
@@ -357,7 +352,7 @@ def operations() -> Case:
         branch = jax.lax.cond(counted.sum() > 0, lambda v: v.sort(), lambda v: -v, counted)
         return {"x": x.mean((1, 2)), "best": best, "where": where, "spectrum": spectrum, "branch": branch}
 
-    params = {"conv": normal(3, 3, 1, 4, scale=0.3), "embedding": normal(11, 8, scale=0.5)}
+    params = {"conv": normal(3, 3, 1, 4, scale=0.3), "embedding": normal(11, 8, scale=0.5).astype(ml_dtypes.bfloat16)}
     image, tokens = normal(2, 8, 8, 1), np.array([[1, 5, 10, 0], [3, 3, 2, 7]], "i4")
     model = obmlite.Model.from_function(network, params, image, tokens)
     return Case(model, [Call([image, tokens])])
@@ -394,7 +389,9 @@ def containers() -> Case:
     def apply(params: Any, moments: Any) -> Any:
         layer = params["layer"]
         hidden = jax.nn.relu(moments.mean @ layer.kernel + layer.bias)
-        return Moments(hidden, collections.OrderedDict(z=moments.var, a=[hidden.sum(), None, ()])), {(1, "b"): params[7]}
+        return Moments(hidden, collections.OrderedDict(z=moments.var, a=[hidden.sum(), None, ()])), {
+            (1, "b"): params[7]
+        }
 
     groups = collections.defaultdict(list, {"two": [normal(2), normal(2, seed=1)]})
     params = {"layer": Layer(normal(4, 3), np.zeros(3, "f4"), "relu")}, groups
