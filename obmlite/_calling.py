@@ -59,6 +59,8 @@ class Call:
 
         run.__name__ = name
         self._jitted = jax.jit(run, donate_argnums=1 if self._donated else ())
+        # A gradient needs the arguments once more, and would find them gone.
+        self._keeping = jax.jit(run) if self._donated else self._jitted
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls it.
@@ -86,6 +88,8 @@ class Call:
         if not self._donated:
             return self._jitted(self._arrays, {}, args, kwargs)
         given = self._signature.bind(args, kwargs)
+        if _differentiated(given):
+            return self._keeping(self._arrays, {}, (), given)
         donated = {name: given.pop(name) for name in self._donated}
         return self._jitted(self._arrays, donated, (), given)
 
@@ -93,3 +97,12 @@ class Call:
 def _traced(arguments: Any) -> bool:
     """Whether a call is part of what is being traced, whose devices are then the outer call's."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments))
+
+
+def _differentiated(arguments: Any) -> bool:
+    """Whether a call is being differentiated, not only recorded by an outer ``jit``, which may still donate."""
+    # The class is private; under another name, exporting a loaded function once more would lose its donation.
+    return any(
+        isinstance(leaf, jax.core.Tracer) and type(leaf).__name__ != "DynamicJaxprTracer"
+        for leaf in jax.tree.leaves(arguments)
+    )
