@@ -34,6 +34,9 @@ from obmlite.schema.records import ModuleFormat, ModuleRecord
 ENGINES = ("export", "rebuild")
 """The order in which ``auto`` tries them."""
 
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+"""Platforms that a function is exported for unless told otherwise."""
+
 Blobs = Callable[[ModuleRecord], bytes]
 
 

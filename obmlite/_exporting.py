@@ -17,15 +17,12 @@ from typing import Any
 import jax
 from jax import export as jax_export
 
-from obmlite import _lowering, dims, specs
+from obmlite import _engine, _lowering, dims, specs
 from obmlite import tree as trees
 from obmlite.errors import ExportError, LeafError, context
 from obmlite.schema.records import ArgumentKind, FixedArgument, FixedKind, ModuleRecord
 from obmlite.signature import Signature
 from obmlite.specs import TensorSpec
-
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-"""Platforms that a function is exported for unless told otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +67,7 @@ class Options:
 
     static: Sequence[str] = ()
     constraints: Sequence[str] = ()
-    platforms: Sequence[str] = PLATFORMS
+    platforms: Sequence[str] = _engine.PLATFORMS
     vjp_order: int = 0
     allow_custom_calls: Sequence[str] = ()
 
@@ -93,6 +90,7 @@ def export(
             leaf_specs.append(TensorSpec.of(leaf))
     texts = [*options.constraints, *_constraints_of(leaves)]
     constraints = list(dict.fromkeys(dims.parse_constraint(text).text for text in texts))
+    dims.check_together(map(dims.parse_constraint, constraints))
     structs = specs.to_jax(leaf_specs, constraints)
     rebuild = _rebuilder([a.value for a in arguments], leaves, tree)
     fixed_values = {place: value for place, value, _ in fixed if place is not None}

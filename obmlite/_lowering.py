@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,9 +12,8 @@ import jaxlib
 import numpy as np
 from jax import export as jax_export
 
-from obmlite import _capturing, _custom_calls, _rebuild
+from obmlite import _arrays, _capturing, _custom_calls, _rebuild
 from obmlite.errors import ExportError
-from obmlite.io import digest
 from obmlite.schema.records import Capture, ModuleFormat, ModuleRecord
 from obmlite.specs import MeshSpec, Partition, TensorSpec
 
@@ -47,21 +45,12 @@ class _Captures:
         if self._by_digest is None:
             self._by_digest = {}
             for n, lifted in enumerate(self.values):
-                self._by_digest.setdefault(array_digest(lifted), n)
-        key = array_digest(value)
+                self._by_digest.setdefault(_arrays.content_digest(lifted), n)
+        key = _arrays.content_digest(value)
         if key not in self._by_digest:
             self._by_digest[key] = len(self.values)
             self.values.append(value)
         return self._by_digest[key]
-
-
-def array_digest(value: Any) -> bytes:
-    """Equal for arrays of the same dtype, shape and bytes."""
-    key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended)
-    held = np.asarray(jax.random.key_data(value)) if key else np.asarray(value)
-    state = hashlib.sha256(f"{value.dtype} {held.shape}".encode())
-    state.update(digest.flat(np.ascontiguousarray(held)))
-    return state.digest()
 
 
 def lower(flat: Callable[..., tuple[Any, ...]], structs: Sequence[Any], name: str, options: Options) -> Lowered:

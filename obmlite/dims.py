@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import operator
 import re
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from obmlite import errors
@@ -349,6 +351,42 @@ def bind(pairs: Iterable[tuple[str, int | Expression, int]]) -> dict[str, int]:
                 found=actual,
             )
     return values
+
+
+def check_together(constraints: Iterable[Constraint]) -> None:
+    """Refuses constraints that leave a symbol no size, as far as each is linear in one symbol; JAX accepts them.
+
+    Raises:
+      ExportError: a symbol, which is at least 1, is to be at least one number and at most a smaller one.
+    """
+    bounds: dict[str, tuple[int, int]] = {}
+    texts: dict[str, list[str]] = {}
+    for constraint in constraints:
+        if len(constraint.symbols) != 1:
+            continue
+        [symbol] = constraint.symbols
+        sides = [
+            _linear(side, symbol, {}) if isinstance(side, Expression) else (0, side)
+            for side in (constraint.left, constraint.right)
+        ]
+        if sides[0] is None or sides[1] is None or sides[0][0] == sides[1][0]:
+            continue
+        factor, rest = sides[0][0] - sides[1][0], sides[1][1] - sides[0][1]  # factor * symbol, relation, rest
+        low, high = bounds.get(symbol, (1, MAX_INTEGER))
+        at_most = (constraint.relation == "<=") == (factor > 0)
+        if constraint.relation == "==" or at_most:
+            high = min(high, math.floor(Fraction(rest, factor)))
+        if constraint.relation == "==" or not at_most:
+            low = max(low, math.ceil(Fraction(rest, factor)))
+        bounds[symbol] = low, high
+        texts.setdefault(symbol, []).append(constraint.text)
+        if low > high:
+            raise errors.ExportError(
+                f"the constraints leave the symbol {symbol} no size",
+                field="constraint",
+                expected=f"a size of at least 1 that all of them allow for {symbol}",
+                found=_shorten(", ".join(texts[symbol])),
+            )
 
 
 def to_jax(shapes: Sequence[Sequence[int | Expression]], constraints: Sequence[Constraint]) -> list[tuple[Any, ...]]:

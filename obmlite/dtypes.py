@@ -517,34 +517,23 @@ def _of_key(dtype: Any) -> DType:
 
     def look(keys: Any) -> Any:
         found.append(jax.random.key_impl(keys))
-        return jax.random.key_data(keys)
+        return keys
 
     # Public JAX tells the implementation of an array, not of a dtype; an abstract array will do.
-    key = jax.ShapeDtypeStruct((), dtype)
-    data = jax.eval_shape(look, key)
+    jax.eval_shape(look, jax.ShapeDtypeStruct((), dtype))
     impl = found[0]
-    # A PRNG that is not registered is known by an object, and no other process could find it.
-    if not isinstance(impl, str) or _IMPL.fullmatch(impl) is None:
+    # A PRNG of the user's own is known by an object or by a name that no other process has.
+    if not isinstance(impl, str) or impl not in _KEY_DATA:
         raise LeafError(
             "keys of a PRNG implementation that JAX does not know by name cannot be stored",
             found=f"dtype {dtype}",
             fix="store jax.random.key_data(keys)",
         )
-    return _key_of_shape(impl, tuple(data.shape))
+    return _key(impl)
 
 
-@functools.lru_cache(maxsize=256)
 def _key(impl: str) -> DType:
     shape: tuple[int, ...] | None = _KEY_DATA.get(impl)
-    if shape is not None:
-        return _key_of_shape(impl, shape)
-    try:
-        return _of_key(_key_dtype(impl))
-    except ValueError:
-        return _key_of_shape(impl, None)
-
-
-def _key_of_shape(impl: str, shape: tuple[int, ...] | None) -> DType:
     bits = 0 if shape is None else 32 * math.prod(shape)
     return DType(KEY, "key", f"key<{impl}>", bits, "U32", impl, shape)
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import jax
 
-from obmlite import _engine, _exporting
+from obmlite import _arrays, _engine
 from obmlite import tree as trees
 from obmlite._calling import Call
-from obmlite._lowering import array_digest
 from obmlite._once import once
 from obmlite._stablehlo_names import durable
 from obmlite.errors import ArgumentError, ExportError, LeafError, context
@@ -237,7 +236,7 @@ def export(
     static: str | Sequence[str] = (),
     name: str | None = None,
     constraints: str | Sequence[str] = (),
-    platforms: str | Sequence[str] = _exporting.PLATFORMS,
+    platforms: str | Sequence[str] = _engine.PLATFORMS,
     vjp_order: int = 0,
     allow_custom_calls: Collection[str] = (),
     metadata: Mapping[str, Any] | None = None,
@@ -261,14 +260,16 @@ def export(
       ExportError: the function cannot be exported as it is.
       LeafError: an argument or a result holds something that is neither an array nor a number.
     """
+    from obmlite import _exporting  # what is needed to export takes time to import, and loading has no use for it
+
     own = name or function_name(fn)
     platforms = [platforms] if isinstance(platforms, str) else list(platforms)
-    unknown = [p for p in platforms if p not in _exporting.PLATFORMS]
+    unknown = [p for p in platforms if p not in _engine.PLATFORMS]
     if unknown or not platforms:
         raise ExportError(
             "A function is exported for some of the platforms that JAX has.",
             field="platforms",
-            expected=", ".join(_exporting.PLATFORMS),
+            expected=", ".join(_engine.PLATFORMS),
             found=", ".join(map(str, unknown)) or "none",
         )
     trees.pack_static(dict(metadata or {}))
@@ -320,7 +321,7 @@ def adopt(functions: Mapping[str, Function]) -> tuple[dict[str, Function], dict[
         keys = _engine.captured(function.program.modules)
         for key, value in zip(keys, function.captures if keys else (), strict=True):
             place = (f"{name}.captures", len(own))
-            found = places.setdefault(array_digest(value), place) if several else place
+            found = places.setdefault(_arrays.content_digest(value), place) if several else place
             if found == place:
                 own.append(value)
             moved[key] = found

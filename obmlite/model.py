@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from obmlite import _engine, _exporting
+from obmlite import _engine
 from obmlite import tree as trees
 from obmlite._tensors import StoredSource, WeightsFiles
 from obmlite.errors import (
@@ -153,7 +153,7 @@ class Model:
         name: str | None = None,
         weights: int | str | Sequence[int | str] | Mapping[str, str] | None = 0,
         constraints: str | Sequence[str] = (),
-        platforms: str | Sequence[str] = _exporting.PLATFORMS,
+        platforms: str | Sequence[str] = _engine.PLATFORMS,
         vjp_order: int = 0,
         allow_custom_calls: Collection[str] = (),
         metadata: Mapping[str, Any] | None = None,
@@ -228,7 +228,7 @@ class Model:
         weights: int | str | Sequence[int | str] | Mapping[str, str] | None = 0,
         static: str | Sequence[str] = (),
         constraints: str | Sequence[str] = (),
-        platforms: str | Sequence[str] = _exporting.PLATFORMS,
+        platforms: str | Sequence[str] = _engine.PLATFORMS,
         vjp_order: int = 0,
         metadata: Mapping[str, Any] | None = None,
     ) -> Model:
@@ -250,6 +250,8 @@ class Model:
           ExportError: a function cannot be exported, or different weights have one name.
           LeafError: weights, an argument or a result hold something that is neither an array nor a number.
         """
+        from obmlite import _exporting
+
         objects: dict[str, Function | Weights] = {}
         pipelines: dict[str, Pipeline] = {}
         statics = [static] if isinstance(static, str) else list(static)
@@ -440,6 +442,8 @@ def _same(one: Function | Weights, other: Weights) -> bool:
 
 def _argument_names(fn: Callable[..., Any], count: int, keywords: Sequence[str]) -> list[str]:
     """The names that positional arguments have in a signature."""
+    from obmlite import _exporting
+
     given, _ = _exporting.name_arguments(fn, [None] * count, dict.fromkeys(keywords), ())
     return [a.name for a in given if isinstance(a.place, int)]
 
@@ -584,10 +588,14 @@ def open_model(
                 raise UnsupportedFormatError("The pipeline has processors, which this obmlite does not run.")
             step = record.steps[0]
             if step.function not in manifest.functions:
-                raise CorruptPackageError("A pipeline names a function that is not there.", found=step.function)
+                raise CorruptPackageError(
+                    "A pipeline names a function that is not there.", field="Step.function", found=step.function
+                )
             for binding in step.bindings:
                 if binding.weights not in manifest.weights:
-                    raise CorruptPackageError("A pipeline names weights that are not there.", found=binding.weights)
+                    raise CorruptPackageError(
+                        "A pipeline names weights that are not there.", field="Binding.weights", found=binding.weights
+                    )
         return BoundPipeline(name, functions[step.function], step.bindings, all_weights, record.metadata)
 
     functions = Names(list(manifest.functions), function)

@@ -222,6 +222,15 @@ def test_two_scopes_are_refused() -> None:
         obmlite.export(lambda x, y: x.sum() + y.sum(), f32((a,)), f32((b,)), name="f")
 
 
+@pytest.mark.parametrize(
+    "constraints", [("b <= 4", "b >= 5"), ("b <= 0",), ("2*b == 7",), ("b == 4", "b + 1 >= 6"), ("8 <= b", "16 >= 4*b")]
+)
+def test_a_constraint_that_cannot_hold_is_refused(constraints: tuple[str, ...]) -> None:
+    with pytest.raises(obmlite.ExportError) as caught:
+        obmlite.export(lambda x: x, obmlite.spec("f32[b]"), constraints=constraints, name="f")
+    assert caught.value.field == "constraint"
+
+
 # --- wrong calls
 
 

@@ -32,12 +32,16 @@ def gradient(call: Callable[..., Any], arguments: Any) -> list[Any]:
     leaves, tree = jax.tree.flatten(copied(arguments))
     free = [n for n, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
+    @jax.jit
+    def squares(results: Any) -> Any:
+        floating = [r for r in jax.tree.leaves(results) if jnp.issubdtype(r.dtype, jnp.inexact)]
+        return sum(jnp.sum(jnp.real(r * jnp.conj(r))) for r in floating)
+
     def loss(values: list[Any]) -> Any:
         given = list(leaves)
         for n, value in zip(free, values, strict=True):
             given[n] = value
-        results = jax.tree.leaves(call(*jax.tree.unflatten(tree, given)))
-        return sum(jnp.sum(jnp.real(r * jnp.conj(r))) for r in results if jnp.issubdtype(r.dtype, jnp.inexact))
+        return squares(call(*jax.tree.unflatten(tree, given)))
 
     return jax.grad(loss)([leaves[n] for n in free])
 

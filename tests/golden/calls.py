@@ -195,7 +195,7 @@ def run(folder: pathlib.Path, engine: str, arrays: dict[str, np.ndarray]) -> tup
 
 
 def differences(folder: pathlib.Path, engine: str) -> list[str]:
-    """What is other than stored, of a package whose calls are made now: bits, if all that they depend on is the same."""
+    """What is other than stored when the calls are made now: bits, if all that they depend on is the same."""
     expected = stored(folder)
     results, entries = run(folder, engine, expected)
     content = read(folder)

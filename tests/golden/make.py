@@ -22,10 +22,6 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-DEVICES = 8
-if "--devices" in sys.argv:  # before JAX looks for devices
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
-
 import calls
 import jax
 import jax.numpy as jnp
@@ -38,6 +34,7 @@ from obmlite import dtypes
 from obmlite.schema import records
 from obmlite.specs import Partition
 
+DEVICES = 8
 HERE = pathlib.Path(__file__).parent
 FORMAT = f"{records.FORMAT_MAJOR}.{records.FORMAT_MINOR}"
 
@@ -229,11 +226,11 @@ def symbolic() -> Case:
 def captures() -> Case:
     """Arrays that a function closed over: at the top, in a nested jit, and in a nested jit in a loop."""
     table, low = jnp.asarray(normal(40, 8)), jnp.asarray(normal(8, 80), "bfloat16")
-    inner_table = jnp.asarray(normal(8, 60, seed=2, scale=0.3))
+    inner_table = jnp.asarray(normal(8, 60, seed=2, scale=0.1))
 
     @jax.jit
     def inner(x: Any) -> Any:
-        return jnp.tanh(x @ inner_table @ inner_table.T)
+        return jnp.maximum(x @ inner_table @ inner_table.T, x)
 
     def lookup(scale: Any, i: Any, x: Any) -> Any:
         carry, _ = jax.lax.scan(lambda c, _: (inner(c), None), table[i] * scale, None, length=2)
@@ -473,7 +470,7 @@ def write(name: str, made: Case, folder: pathlib.Path) -> None:
     made.model.save(folder / "package.obm", progress=False, max_file_bytes=made.max_file_bytes)
     listing = []
     for own, weights in made.model.weights.items():
-        for n, (leaf, lazy) in enumerate(weights.flat.items()):
+        for leaf, lazy in weights.flat.items():
             spec = lazy.spec
             entry = {"weights": own, "leaf": leaf, "dtype": spec.kind.name, "shape": list(lazy.shape)}
             for fact in ("partition", "memory_kind", "logical_axes"):
@@ -518,7 +515,9 @@ def main() -> None:
             raise
         print(f"made {folder.relative_to(HERE)}", flush=True)
     if not here:
-        subprocess.run([sys.executable, __file__, "--devices"], check=True)
+        flags = f"--xla_force_host_platform_device_count={DEVICES}"
+        command = [sys.executable, __file__, "--devices"]
+        subprocess.run(command, env={**os.environ, "XLA_FLAGS": flags}, check=True)
 
 
 if __name__ == "__main__":
