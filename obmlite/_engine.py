@@ -226,6 +226,17 @@ def _check_artifact(module: ModuleRecord, artifact: bytes, allowed: Collection[s
     """Compares a module with what the manifest says of it, and refuses native code that nobody allowed."""
     from obmlite import _stablehlo  # MLIR's bindings take long to import
 
+    lowest = jax_export.minimum_supported_calling_convention_version
+    highest = jax_export.maximum_supported_calling_convention_version
+    if not lowest <= module.calling_convention <= highest:  # JAX itself looks at it only when it exports
+        raise UnsupportedFormatError(
+            "This JAX does not call functions of this calling convention.",
+            field="Module.calling_convention",
+            expected=f"{lowest} to {highest}, as jax {jax.__version__} does",
+            found=f"{module.calling_convention}, saved with jax {module.jax_version}",
+            fix=f"load it with jax {module.jax_version}",
+        )
+
     try:
         custom_calls, _ = _stablehlo.look(artifact)
     except ValueError as error:  # a newer StableHLO than this JAX has

@@ -78,8 +78,12 @@ def _parsed(artifact: bytes) -> Iterator[Any]:
     context = ir.Context()
     for dialect in (stablehlo, chlo, sdy):
         dialect.register_dialect(context)
-    with context, ir.Location.unknown():
-        yield stablehlo.deserialize_portable_artifact(context, artifact)
+    handler = context.attach_diagnostic_handler(lambda _: True)  # else MLIR writes what is raised here to stderr too
+    try:
+        with context, ir.Location.unknown():
+            yield stablehlo.deserialize_portable_artifact(context, artifact)
+    finally:
+        handler.detach()
 
 
 def _look(module: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:

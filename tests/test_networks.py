@@ -181,3 +181,101 @@ def test_gradients_are_the_same(name: str, fresh: Any, native: Any) -> None:
     for wanted, value in zip(map(np.asarray, gradients), found, strict=True):
         assert (value.dtype, value.shape) == (wanted.dtype, wanted.shape)
         np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max(initial=0))
+
+
+def test_what_is_donated_is_gone_and_nothing_else(
+    made: dict[str, networks.Network], packages: pathlib.Path, fresh: Any
+) -> None:
+    engine, _, trees = fresh
+    for name, network in made.items():
+        donated = [own in network.donated for own in network.inputs]
+        assert trees[name]["deleted"] == trees[name]["all"] == donated, name
+        function = next(iter(obmlite.load(packages / f"{name}.obm", engine=engine).functions.values()))
+        assert {leaf.partition(".")[0] for leaf in function.donated_names} == set(network.donated)
+
+
+def test_a_loop_of_donated_steps(made: dict[str, networks.Network], packages: pathlib.Path) -> None:
+    network = made["transformer"]
+    model = obmlite.load(packages / "transformer.obm")
+    jitted = jax.jit(network.fn.__wrapped__)  # type: ignore[attr-defined]
+    params, wanted, cache = network.weights["params"], network.inputs["cache"], copied(network.inputs["cache"])
+    tokens = network.inputs["tokens"]
+    for position in range(4, 8):
+        expected, wanted = jitted(params, wanted, tokens, position)
+        before = cache
+        logits, cache = model(before, tokens, position)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+        assert np.asarray(logits).tobytes() == np.asarray(expected).tobytes()
+        tokens = logits.argmax(-1).astype("int32")
+
+
+def test_weights_that_are_bound_are_not_donated(tmp_path: pathlib.Path) -> None:
+    @jax.jit
+    def plain(params: Any, x: jax.Array) -> Any:
+        return jax.tree.map(lambda p: p - 0.1 * x.mean() * p, params)
+
+    step = jax.jit(plain.__wrapped__, donate_argnums=0)
+    params = {"w": jnp.arange(12.0).reshape(3, 4), "b": jnp.ones(4)}
+    x = jnp.full(3, 2.0)
+    obmlite.Model.from_function(step, params, x, name="step").save(tmp_path / "m.obm")
+    assert not any(leaf.is_deleted() for leaf in params.values())
+    model = obmlite.load(tmp_path / "m.obm")
+    wanted = plain(params, x)
+    for _ in range(3):  # the same weights each time
+        jax.tree.map(np.testing.assert_array_equal, model(x), wanted)
+    function = model.functions["step"]
+    assert function.donated_names == {"params.w", "params.b"}
+    own = model.weights["params"].restore()
+    given = copied(own)
+    jax.tree.map(np.testing.assert_array_equal, function(given, x), wanted)
+    assert all(leaf.is_deleted() for leaf in given.values())
+    jax.tree.map(np.testing.assert_array_equal, model(x), wanted)
+    jax.tree.map(np.testing.assert_array_equal, own, params)
+
+
+@pytest.mark.parametrize("name", ["cnn", "transformer", "mixture_of_experts", "dropout", "two_tower", "closure"])
+def test_another_batch_size(name: str, made: dict[str, networks.Network], packages: pathlib.Path) -> None:
+    network = made[name]
+    own = getattr(network.fn, "__wrapped__", network.fn)
+    inputs = {
+        key: jax.tree.map(lambda leaf: leaf[:2], value) if key in network.symbolic else value
+        for key, value in network.inputs.items()
+    }
+    wanted = jax.jit(lambda *args: own(*args, **network.static))(*network.weights.values(), *inputs.values())
+    found = obmlite.load(packages / f"{name}.obm")(*copied(inputs).values())
+    for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert np.asarray(left).tobytes() == np.asarray(right).tobytes()
+
+
+def test_tied_embeddings_are_one_array(packages: pathlib.Path) -> None:
+    model = obmlite.load(packages / "two_tower.obm")
+    params = model.weights["params"].restore()
+    assert params["query"]["embed"] is params["document"]["embed"]
+    assert params["query"]["w"] is not params["document"]["w"]
+    embed, w = params["query"]["embed"].nbytes, params["query"]["w"].nbytes
+    stored = sum(path.stat().st_size for path in (packages / "two_tower.obm" / "weights").iterdir())
+    assert embed + 2 * w < stored < embed + 2 * w + 8192
+
+
+def test_what_a_network_closed_over_is_not_in_its_code(packages: pathlib.Path) -> None:
+    model = obmlite.load(packages / "closure.obm")
+    assert sorted(leaf.shape for leaf in model.weights["recur.captures"].restore()) == [
+        (16, 32),
+        (16, 32),
+        (32, 16),
+        (64, 16),
+    ]
+    assert all(file.stat().st_size < 20_000 for file in (packages / "closure.obm" / "functions").iterdir())
+
+
+CRASH = """
+import sys
+import numpy as np
+import obmlite
+from obmlite import _custom_calls
+
+if sys.argv[2] == "unprepared":
+    _custom_calls.prepare = lambda artifact: None
+model = obmlite.load(sys.argv[1], engine="rebuild")
+print(float(model(np.ones((2, 8, 16), "float32"))["singular"].sum()))
+"""

@@ -18,7 +18,18 @@ from hypothesis import strategies as st
 
 from obmlite import tree as trees
 from obmlite.errors import CorruptPackageError, LeafError, RestoreError
-from obmlite.tree import KeyKind, Kind, Tree, flatten, flatten_arguments, register_node, split_name
+from obmlite.tree import (
+    KeyKind,
+    Kind,
+    Tree,
+    flatten,
+    flatten_arguments,
+    register_node,
+    split_name,
+)
+from obmlite.tree import flattening as tree_flattening
+from obmlite.tree import nodes as tree_nodes
+from obmlite.tree import structure as tree_structure
 
 try:
     import flax.core
@@ -458,7 +469,7 @@ def itself_in_a_dict():
         (nested(1001), "too deep", None),
         (itself(), "too deep", None),
         (itself_in_a_dict(), "too deep", None),
-        ({"a" * (trees.MAX_NAME + 1): 0}, "names are too long", None),
+        ({"a" * (tree_structure.MAX_NAME + 1): 0}, "names are too long", None),
     ],
 )
 def test_what_the_format_does_not_hold_is_refused(value, problem, leaf):
@@ -471,22 +482,22 @@ def test_what_the_format_does_not_hold_is_refused(value, problem, leaf):
 
 
 def test_limits_are_reached():
-    for value in (nested(900), {deep_key(8): 1}, {"a" * trees.MAX_NAME: 1}, {2**63 - 1: 1, 1 - 2**63: 2}):
+    for value in (nested(900), {deep_key(8): 1}, {"a" * tree_structure.MAX_NAME: 1}, {2**63 - 1: 1, 1 - 2**63: 2}):
         leaves, tree = flatten(value)
         tree.check()
         assert tree.unflatten(leaves) == value
 
 
 def test_a_tree_of_too_many_nodes(monkeypatch):
-    monkeypatch.setattr(trees, "MAX_NODES", 10)
+    monkeypatch.setattr(tree_flattening, "MAX_NODES", 10)
     flatten([0] * 9)
     with pytest.raises(LeafError, match="too large"):
         flatten([0] * 10)
 
 
 def test_names_that_are_too_long_together(monkeypatch):
-    monkeypatch.setattr(trees, "MAX_NAMES_FIXED", 10)
-    monkeypatch.setattr(trees, "MAX_NAMES_EACH", 2)
+    monkeypatch.setattr(tree_structure, "MAX_NAMES_FIXED", 10)
+    monkeypatch.setattr(tree_structure, "MAX_NAMES_EACH", 2)
     flatten({"a" * 12: 1})
     with pytest.raises(LeafError, match="more than 12 characters together"):
         flatten({"a" * 13: 1})
@@ -644,7 +655,7 @@ def test_registering():
     with pytest.raises(ValueError, match="needs unflatten="):
         register_node(Twice)
     assert register_node(Twice, unflatten=build) is Twice
-    assert trees._by_class[Twice].name.endswith("test_registering.<locals>.Twice")
+    assert tree_nodes.by_class[Twice].name.endswith("test_registering.<locals>.Twice")
 
 
 def test_a_class_that_cannot_be_taken_apart():
@@ -694,7 +705,7 @@ def test_other_factories_are_forgotten():
 
 def test_a_tree_that_was_read_is_checked_for_its_limits(monkeypatch):
     tree = flatten({"a": [1]})[1]
-    monkeypatch.setattr(trees, "MAX_NODES", 2)
+    monkeypatch.setattr(tree_structure, "MAX_NODES", 2)
     with pytest.raises(CorruptPackageError, match="too large") as caught:
         tree.check()
     assert caught.value.field == "tree.kind"

@@ -1,0 +1,28 @@
+"""Pytrees as data. ``structure`` has the tree; the rest is how one is made, named and kept."""
+
+from obmlite.tree.flattening import flatten, flatten_arguments
+from obmlite.tree.names import RESERVED, Key, KeyKind, escape, join, key_from_text, key_text, split_name
+from obmlite.tree.nodes import register_node
+from obmlite.tree.static import MAX_STATIC_BYTES, pack_static, unpack_static
+from obmlite.tree.structure import MAX_DEPTH, MAX_NODES, Kind, Tree
+
+__all__ = [
+    "MAX_DEPTH",
+    "MAX_NODES",
+    "MAX_STATIC_BYTES",
+    "RESERVED",
+    "Key",
+    "KeyKind",
+    "Kind",
+    "Tree",
+    "escape",
+    "flatten",
+    "flatten_arguments",
+    "join",
+    "key_from_text",
+    "key_text",
+    "pack_static",
+    "register_node",
+    "split_name",
+    "unpack_static",
+]
