@@ -17,7 +17,8 @@ from obmlite.errors import (
     UnsupportedFormatError,
 )
 from obmlite.function import Function, export
-from obmlite.model import Model, load
+from obmlite.loading import load
+from obmlite.model import Model
 from obmlite.pipeline import Pipeline
 from obmlite.signature import Signature
 from obmlite.specs import TensorSpec, spec

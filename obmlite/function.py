@@ -14,7 +14,7 @@ from obmlite import _arrays, _engine
 from obmlite import tree as trees
 from obmlite._calling import Call
 from obmlite._once import once
-from obmlite._stablehlo_names import durable
+from obmlite._stablehlo_names import beyond_promise
 from obmlite.errors import ArgumentError, ExportError, LeafError, context
 from obmlite.schema.records import Binding, Capture, ModuleRecord
 from obmlite.signature import Signature
@@ -88,7 +88,12 @@ class Function:
     @property
     def durable(self) -> bool:
         """Whether StableHLO's compatibility promise, of five years, covers all of it."""
-        return all(durable(module.dialects) for module in self._program.modules)
+        return not self.other_dialects
+
+    @property
+    def other_dialects(self) -> tuple[str, ...]:
+        """The dialects, sorted, of its operations that StableHLO's compatibility promise does not cover."""
+        return beyond_promise(d for module in self._program.modules for d in module.dialects)
 
     @property
     def engine(self) -> str:

@@ -12,7 +12,7 @@ from obmlite import _arrays
 from obmlite._stablehlo_names import durable
 from obmlite.errors import ObmliteError, context
 from obmlite.io.store import LocalDirectory
-from obmlite.model import function_signature, open_manifest
+from obmlite.loading import function_signature, open_manifest
 from obmlite.schema import records as r
 from obmlite.schema.decode import decode
 from obmlite.signature import Signature

@@ -2,77 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
-
-import jax
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from obmlite import _engine
 from obmlite import tree as trees
-from obmlite._tensors import StoredSource, WeightsFiles
+from obmlite._names import Names
 from obmlite.errors import (
     ArgumentError,
-    CorruptPackageError,
     ExportError,
-    MissingFileError,
     ObmliteError,
-    PackageNotFoundError,
-    UnknownNameError,
-    UnsupportedFormatError,
     context,
 )
 from obmlite.function import Function, adopt, export, function_name
-from obmlite.io import digest
-from obmlite.io.commit import MANIFEST
-from obmlite.io.store import LocalDirectory, Store
 from obmlite.pipeline import BoundPipeline, Pipeline
-from obmlite.schema import records
-from obmlite.schema.decode import decode
 from obmlite.signature import Signature
 from obmlite.weights import Weights, count_leaves, size
 
-__all__ = ["Model", "load"]
+__all__ = ["Model"]
 
 DEFAULT_PIPELINE = "serving_default"
-
-_T = TypeVar("_T")
-
-
-class Names(Mapping[str, _T]):
-    """Objects by name, made when first asked for."""
-
-    def __init__(self, names: Sequence[str], make: Callable[[str], _T]) -> None:
-        self._names = tuple(names)
-        self._make = make
-        self._made: dict[str, _T] = {}
-
-    def __getitem__(self, name: str) -> _T:
-        if name not in self._made:
-            if name not in self._names:
-                raise UnknownNameError(
-                    "The model has nothing of this name.", expected=", ".join(self._names) or "none", found=repr(name)
-                )
-            # Two threads may both make it; one result is kept.
-            self._made.setdefault(name, self._make(name))
-        return self._made[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names  # also if it cannot be made
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __repr__(self) -> str:
-        return "{" + ", ".join(self._names) + "}"
-
-
-def _named(mapping: Mapping[str, _T]) -> Mapping[str, _T]:
-    return mapping if isinstance(mapping, Names) else Names(list(mapping), mapping.__getitem__)
 
 
 class Model:
@@ -129,13 +80,28 @@ class Model:
         metadata: Mapping[str, Any],
         path: str | None,
     ) -> None:
-        self.functions = _named(functions)
-        self.weights = _named(weights)
-        self.pipelines = _named(pipelines)
-        self.supplementals: Mapping[str, Any] = _named({})
+        self.functions = Names.over(functions)
+        self.weights = Names.over(weights)
+        self.pipelines = Names.over(pipelines)
+        self.supplementals: Mapping[str, Any] = Names.over({})
         self.default_pipeline = default
         self.metadata = metadata
         self.path = path
+
+    @classmethod
+    def of_parts(
+        cls,
+        functions: Mapping[str, Function],
+        weights: Mapping[str, Weights],
+        pipelines: Mapping[str, BoundPipeline],
+        default: str,
+        metadata: Mapping[str, Any],
+        path: str | None,
+    ) -> Model:
+        """A model of parts that fit together already, as those of a package do."""
+        self = cls.__new__(cls)
+        self._set(functions, weights, pipelines, default, metadata, path)
+        return self
 
     @property
     def objects(self) -> Mapping[str, Function | Weights]:
@@ -324,15 +290,13 @@ class Model:
           dtype: dtype to cast weights to, as there; the functions must have been exported for it.
         """
         weights = {name: w.restored(dtype=dtype) for name, w in self.weights.items()}
-        model = Model.__new__(Model)
 
         def pipeline(name: str) -> BoundPipeline:
             old = self.pipelines[name]
             return BoundPipeline(name, old.function, old.bindings, weights, old.metadata)
 
         pipelines = Names(list(self.pipelines), pipeline)
-        model._set(self.functions, weights, pipelines, self.default_pipeline, self.metadata, self.path)
-        return model
+        return Model.of_parts(self.functions, weights, pipelines, self.default_pipeline, self.metadata, self.path)
 
     def save(
         self,
@@ -350,6 +314,9 @@ class Model:
           max_file_bytes: bytes of tensors in one weights file before the next is begun; 5 GB if not given.
           progress: whether to show a progress bar; left out, only on a terminal.
 
+        Warns:
+          UserWarning: StableHLO's promise of compatibility does not cover a function, such as one that fixes its mesh.
+
         Raises:
           PackageExistsError: there is a package, or something that is no package.
           LeafError: weights cannot be saved: they were deleted, say.
@@ -359,6 +326,15 @@ class Model:
 
         from obmlite import _saving
 
+        for name, function in self.functions.items():
+            if not function.durable:
+                warnings.warn(
+                    f"The function {name!r} is not durable: its code holds operations beside StableHLO's "
+                    f"({', '.join(function.other_dialects)}), as that of one that fixes its mesh does, which no later "
+                    "JAX promises to read. Keep what it was made from.",
+                    UserWarning,
+                    stacklevel=2,
+                )
         total = sum(w.nbytes for w in self.weights.values())
         disable = None if progress is None else not progress
         label = f"saving {os.path.basename(os.path.normpath(os.fspath(path)))}"
@@ -469,167 +445,3 @@ def _chosen(
         argument = names[choice] if isinstance(choice, int) else choice
         chosen[argument] = argument
     return chosen
-
-
-# --- loading
-
-
-def load(
-    path: str | os.PathLike[str],
-    *,
-    mmap: bool = True,
-    engine: str = "auto",
-    allow_custom_calls: Collection[str] = (),
-    mesh: jax.sharding.Mesh | None = None,
-) -> Model:
-    """Opens a package. Only its manifest is read; everything else when it is first used.
-
-    Args:
-      path: the package's directory.
-      mmap: whether weights may be mapped; off where the file system is unsafe or slow to map, as over a network.
-      engine: how functions are read: ``"export"`` by ``jax.export``, ``"rebuild"`` from what the manifest says,
-        ``"auto"`` by the first of these that this JAX accepts.
-      allow_custom_calls: targets of custom calls that functions may make beyond those that JAX promises to keep.
-      mesh: the mesh that functions are called on, as by :meth:`obmlite.Function.on`; those that fix theirs need it.
-
-    Raises:
-      PackageNotFoundError: there is no package at the path.
-      CorruptPackageError: the manifest is not what was saved.
-      UnsupportedFormatError: the package needs a newer obmlite.
-    """
-    if engine not in ("auto", *_engine.ENGINES):
-        raise ArgumentError(
-            "There is no such engine.", field="engine", expected=", ".join(("auto", *_engine.ENGINES)), found=engine
-        )
-    if "://" in os.fspath(path):
-        raise PackageNotFoundError("Only local directories can be loaded.", package=path)
-    store = LocalDirectory(path, mmap=mmap)
-    with context(package=store.name):
-        return open_model(store, decode(open_manifest(store)), engine, allow_custom_calls, mesh)
-
-
-def open_manifest(store: Store) -> bytes:
-    """The manifest's bytes.
-
-    Raises:
-      PackageNotFoundError: there is none, so this is no package.
-    """
-    try:
-        source = store.open(MANIFEST)
-    except MissingFileError as error:
-        raise PackageNotFoundError(
-            "The directory is no package: it has no manifest.", package=store.name, expected=MANIFEST
-        ) from error
-    try:
-        return source.read(0, source.size)
-    finally:
-        source.close()
-
-
-def function_signature(record: records.FunctionRecord) -> Signature:
-    """The signature that a manifest holds in parts: trees, and the specs of the module's arguments and results."""
-    return Signature(
-        record.inputs,
-        record.primal.arguments[: record.inputs.num_leaves],
-        record.outputs,
-        record.primal.results,
-        record.argument_kinds,
-        record.constraints,
-        record.fixed,
-    )
-
-
-def open_model(
-    store: Store,
-    manifest: records.ManifestRecord,
-    engine: str = "auto",
-    allow_custom_calls: Collection[str] = (),
-    mesh: jax.sharding.Mesh | None = None,
-) -> Model:
-    """The model that a manifest describes, whose files are in a store."""
-
-    def function(name: str) -> Function:
-        record = manifest.functions[name]
-        modules = (record.primal, *record.vjps)
-        program = _engine.Program(
-            modules=modules,
-            constraints=record.constraints,
-            blobs=functools.lru_cache(lambda module: read_file(store, manifest.files[module.file])),
-            allow_custom_calls=allow_custom_calls,
-        )
-        made = Function(
-            name,
-            function_signature(record),
-            program,
-            lambda: [_capture(*key) for key in _engine.captured(modules)],
-            metadata=record.metadata,
-            bindings=record.bindings,
-            package=store.name,
-            engine=engine,
-        )
-        return made if mesh is None else made.on(mesh)
-
-    def _capture(own: str, leaf: int) -> Any:
-        if own not in manifest.weights or leaf >= manifest.weights[own].tree.num_leaves:
-            raise CorruptPackageError(
-                "A function captures what is not there.", field="Captures.leaf", found=f"leaf {leaf} of {own!r}"
-            )
-        return all_weights[own].leaf(leaf).restore()
-
-    def weights(name: str) -> Weights:
-        record = manifest.weights[name]
-        source = StoredSource(WeightsFiles(store, manifest.files, record))
-        return Weights.from_source(record.tree, record.specs, source, record.metadata)
-
-    def pipeline(name: str) -> BoundPipeline:
-        record = manifest.pipelines[name]
-        with context(object=name):
-            if len(record.steps) != 1 or record.steps[0].role is not records.StepRole.MODEL or record.pass_through:
-                raise UnsupportedFormatError("The pipeline has processors, which this obmlite does not run.")
-            step = record.steps[0]
-            if step.function not in manifest.functions:
-                raise CorruptPackageError(
-                    "A pipeline names a function that is not there.", field="Step.function", found=step.function
-                )
-            for binding in step.bindings:
-                if binding.weights not in manifest.weights:
-                    raise CorruptPackageError(
-                        "A pipeline names weights that are not there.", field="Binding.weights", found=binding.weights
-                    )
-        return BoundPipeline(name, functions[step.function], step.bindings, all_weights, record.metadata)
-
-    functions = Names(list(manifest.functions), function)
-    all_weights = Names(list(manifest.weights), weights)
-    pipelines = Names(list(manifest.pipelines), pipeline)
-    model = Model.__new__(Model)
-    model._set(functions, all_weights, pipelines, manifest.default_pipeline, manifest.metadata, store.name)
-    return model
-
-
-def read_file(store: Store, record: records.FileRecord) -> bytes:
-    """All bytes of a file that is no weights file.
-
-    Raises:
-      CorruptPackageError: they are not those that were saved.
-    """
-    source = store.open(record.path)
-    try:
-        if source.size != record.length:
-            raise CorruptPackageError(
-                "A file has another length than the manifest says.",
-                field="length",
-                expected=f"{record.path}: {record.length} bytes",
-                found=f"{source.size} bytes",
-            )
-        data = source.read(0, source.size)
-    finally:
-        source.close()
-    found = digest.sha256(data)
-    if found != record.digest:
-        raise CorruptPackageError(
-            "A file's digest does not match: its bytes were changed.",
-            field="digest",
-            expected=f"{record.path}: {record.digest.hex()}",
-            found=found.hex(),
-        )
-    return data

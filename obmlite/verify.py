@@ -15,7 +15,7 @@ from obmlite.errors import CorruptPackageError, ObmliteError, context
 from obmlite.io import digest
 from obmlite.io.commit import MANIFEST
 from obmlite.io.store import LocalDirectory
-from obmlite.model import open_manifest, open_model, read_file
+from obmlite.loading import open_manifest, open_model, read_file
 from obmlite.schema import records as r
 from obmlite.schema.decode import decode
 

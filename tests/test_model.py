@@ -13,7 +13,7 @@ import pytest
 
 import obmlite
 from obmlite.io.store import LocalDirectory
-from obmlite.model import open_manifest
+from obmlite.loading import open_manifest
 from obmlite.schema.decode import decode
 from obmlite.schema.encode import encode
 

@@ -266,16 +266,3 @@ def test_what_a_network_closed_over_is_not_in_its_code(packages: pathlib.Path) -
         (64, 16),
     ]
     assert all(file.stat().st_size < 20_000 for file in (packages / "closure.obm" / "functions").iterdir())
-
-
-CRASH = """
-import sys
-import numpy as np
-import obmlite
-from obmlite import _custom_calls
-
-if sys.argv[2] == "unprepared":
-    _custom_calls.prepare = lambda artifact: None
-model = obmlite.load(sys.argv[1], engine="rebuild")
-print(float(model(np.ones((2, 8, 16), "float32"))["singular"].sum()))
-"""
