@@ -111,7 +111,8 @@ def cast(value: Any, target: np.dtype[Any]) -> Any:
     if isinstance(value, np.ndarray) and not np.can_cast(value.dtype, target, "unsafe"):
         # ml_dtypes has no casts between some of its own; each of those dtypes is held exactly by the one between.
         value = value.astype(np.float32 if jax.dtypes.issubdtype(target, np.floating) else np.int32)
-    return value.astype(target)
+    with jax.ensure_compile_time_eval():  # as in to_device
+        return value.astype(target)
 
 
 def check_x64(spec: TensorSpec, name: str, target: np.dtype[Any] | None) -> None:
@@ -154,15 +155,16 @@ def _on_device(dtype: np.dtype[Any]) -> bool:
 def to_device(values: list[Any], specs: list[TensorSpec]) -> list[Any]:
     """Puts host arrays on the default device, uncommitted; on CPU aligned read-only ones are used in place."""
     real = [n for n, spec in enumerate(specs) if spec.kind.storage]
-    placed = jax.device_put([values[n] for n in real])
     result: list[Any] = list(values)
-    for n, array in zip(real, placed, strict=True):
-        spec = specs[n]
-        if spec.kind.is_key and array.dtype == np.uint32:
-            array = jax.random.wrap_key_data(array, impl=spec.kind.impl)
-        elif spec.weak_type:
-            array = _weaken(array)
-        result[n] = array
+    with jax.ensure_compile_time_eval():  # arrays that are kept, even if a jit around the first call is being traced
+        placed = jax.device_put([values[n] for n in real])
+        for n, array in zip(real, placed, strict=True):
+            spec = specs[n]
+            if spec.kind.is_key and array.dtype == np.uint32:
+                array = jax.random.wrap_key_data(array, impl=spec.kind.impl)
+            elif spec.weak_type:
+                array = _weaken(array)
+            result[n] = array
     return result
 
 

@@ -304,9 +304,15 @@ def export(
         own,
         exported.signature,
         program,
-        lambda: jax.device_put([captures[leaf] for leaf in ordered]),
+        lambda: _placed([captures[leaf] for leaf in ordered]),
         metadata=metadata,
     )
+
+
+def _placed(values: list[Any]) -> list[Any]:
+    with jax.ensure_compile_time_eval():  # kept, even if a jit around the first call is being traced
+        placed: list[Any] = jax.device_put(values)
+        return placed
 
 
 def adopt(functions: Mapping[str, Function]) -> tuple[dict[str, Function], dict[str, Weights]]:
