@@ -1,4 +1,4 @@
-"""StableHLO modules as they are saved: without large constants and source locations, at an old target.
+"""StableHLO modules as they are saved: without large constants, source locations and empty meshes, at an old target.
 
 Uses ``jax.extend.mlir`` (public; the same from JAX 0.9.2 to 0.12). Only modules that are trusted are parsed here, such
 as this process made: MLIR's reader does not survive hostile bytes.
@@ -54,6 +54,7 @@ def normalise(artifact: bytes, *, limit: int = 1024) -> Module:
       limit: bytes that a constant may have and stay.
     """
     with _parsed(artifact) as module:
+        _drop_empty_meshes(module)
         hoisted, constants = _hoisting.hoist(module, limit)
         passmanager.PassManager.parse("builtin.module(strip-debuginfo)").run(module.operation)
         module.operation.verify()
@@ -84,6 +85,43 @@ def _parsed(artifact: bytes) -> Iterator[Any]:
             yield stablehlo.deserialize_portable_artifact(context, artifact)
     finally:
         handler.detach()
+
+
+def _drop_empty_meshes(module: Any) -> None:
+    """Removes sharding constraints on a mesh without axes, which say nothing, and then the mesh.
+
+    JAX makes one wherever a PRNG key becomes numbers. It is of another dialect than StableHLO, whose promise of
+    compatibility would not cover the module.
+    """
+    meshes = {
+        ir.StringAttr(op.attributes["sym_name"]).value: op
+        for op in module.body.operations
+        if op.operation.name == "sdy.mesh" and not list(sdy.MeshAttr(op.attributes["mesh"]).axes)
+    }
+    if not meshes:
+        return
+    constraints: list[Any] = []
+    others: set[str] = set()
+
+    def visit(op: Any) -> Any:
+        if op.name == "sdy.sharding_constraint":
+            mesh = sdy.TensorShardingAttr(op.attributes["sharding"]).mesh_or_ref
+            if isinstance(mesh, ir.FlatSymbolRefAttr) and mesh.value in meshes:
+                constraints.append(op)
+                return ir.WalkResult.ADVANCE
+        if op.name.startswith("sdy.") or op.name == "func.func":
+            others.update(str(op.attributes[name]) for name in op.attributes)
+        elif "sdy.sharding" in op.attributes:
+            others.add(str(op.attributes["sdy.sharding"]))
+        return ir.WalkResult.ADVANCE
+
+    module.operation.walk(visit)
+    for op in constraints:
+        op.results[0].replace_all_uses_with(op.operands[0])
+        op.erase()
+    for name, op in meshes.items():
+        if not any(f"@{name}" in text for text in others):
+            op.erase()
 
 
 def _look(module: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:

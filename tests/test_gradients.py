@@ -276,6 +276,39 @@ def test_inside_jit_scan_map_and_checkpoint(function: obmlite.Function) -> None:
     both(function, mlp, checkpointed, PARAMS, xs)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "key"])
+def test_first_used_inside_of_a_transformation(dtype: str, folder: pathlib.Path) -> None:
+    """Weights and captures are restored while something is traced, and kept: they must not be part of it."""
+    table = jnp.asarray(TABLE, "bfloat16" if dtype == "bfloat16" else "float32")
+
+    def fn(params: Any, x: Any) -> Any:
+        noise = jax.random.uniform(params["key"], x.shape) if dtype == "key" else params["scale"]
+        return (x @ table.T @ table + noise) * params["w"]
+
+    params = {"scale": 2.0, "w": np.asarray(TABLE[1], table.dtype)}
+    if dtype == "key":
+        params["key"] = jax.random.key(3)
+    x = jnp.ones((2, 4))
+    model = obmlite.Model.from_function(fn, params, x, vjp_order=1)
+    path = folder / f"{dtype}.obm"
+    model.save(path)
+    native = jax.jit(fn)
+    wanted = native(params, x)
+    wanted_gradient = jax.grad(total(fn), 1)(params, x)
+    for engine in ENGINES:
+        for first in (jax.jit, jax.checkpoint, lambda fn: lambda x: jax.lax.map(fn, x[None])[0]):
+            for made in (obmlite.load(path, engine=engine), obmlite.Model.from_function(fn, params, x, vjp_order=1)):
+                close(first(made)(x), wanted, rtol=1e-5)
+                close(made(x), wanted, rtol=1e-5)
+                close(jax.grad(total(made))(x), wanted_gradient, rtol=1e-4)
+            function = loaded(path, engine)
+            close(first(lambda x, f=function: f(params, x))(x), wanted, rtol=1e-5)
+            close(function(params, x), wanted, rtol=1e-5)
+            weights = obmlite.load(path).weights["params"]
+            first(lambda x, w=weights: x * w.restore()["w"].astype(x.dtype))(x)
+            close(weights.restore()["w"], jnp.asarray(params["w"]))
+
+
 def test_a_function_of_another_saved_one(second: pathlib.Path, folder: pathlib.Path) -> None:
     inner = loaded(second)
 
