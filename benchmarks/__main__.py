@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 
-from benchmarks import report
+from benchmarks import calls, report
 from benchmarks.contenders import CONTENDERS, available, remove
 from benchmarks.measure import Job, Measured, measure
 from benchmarks.report import Goal, Section
@@ -134,6 +134,45 @@ class Bench:
         remove(path)
         return section
 
+    def calls(self) -> Iterator[Section]:
+        """What a call costs, over few and many leaves, natively and loaded."""
+        calls.in_child("make-calls", self._directory)
+        results = [calls.in_child("calls", self._directory) for _ in range(self._rounds)]
+        for leaves in calls.LEAVES:
+            goals = [Goal("a loaded function at most 5 µs over native jit", _over_native)]
+            if leaves > 100:
+                goals.append(Goal("with bound weights below native jit", _bound_below_native))
+            section = Section(f"Call: a small function of {leaves} arrays", goals)
+            for result in results:
+                for name, seconds in calls.kinds(result, leaves):
+                    title = "obmlite" if name == "obmlite function" else name
+                    _add(section, title, Measured(seconds, None, None, {}))
+            yield section
+
+    def first(self) -> Iterator[Section]:
+        """From the start of a process to its first prediction."""
+        calls.in_child("make-first", self._directory)
+        for suffix, what, most in (("plain", "no LAPACK call", 0.7), ("lapack", "a LAPACK call", 0.8)):
+            peer = calls.TITLES["export"]
+            goal = Goal(
+                f"below {most:.2f} × {peer}", lambda s, most=most, peer=peer: s.seconds() < most * s.seconds(peer)
+            )
+            section = Section(f"Process start to first prediction: a small CNN with {what}, bytecode cached", [goal])
+            for name in calls.FIRST:
+                calls.first(self._directory, name, suffix)  # leaves the bytecode behind
+            for name in self._interleaved(calls.FIRST, 2 * self._rounds + 1):
+                seconds = calls.first(self._directory, name, suffix)
+                _add(section, calls.TITLES[name], Measured(seconds, None, None, {}))
+            yield section
+
+
+def _over_native(section: Section) -> bool:
+    return section.seconds() - section.seconds("native jit") <= 5e-6
+
+
+def _bound_below_native(section: Section) -> bool:
+    return section.seconds("obmlite with bound weights") < section.seconds("native jit")
+
 
 _CHECKED = "obmlite, and opening a package"
 
@@ -148,7 +187,7 @@ def _save_goal() -> Goal:
 
 def _add(section: Section, title: str, run: Measured) -> None:
     section.runs.setdefault(title, []).append(run)
-    print(f"{section.title.partition(':')[0]} · {title}: {run.seconds:.3f} s", file=sys.stderr, flush=True)
+    print(f"{section.title.partition(':')[0]} · {title}: {run.seconds:.6f} s", file=sys.stderr, flush=True)
 
 
 def _ordered(section: Section, names: Sequence[str]) -> Section:
@@ -199,6 +238,8 @@ _CASES = {
     "restore": lambda bench: [bench.restore("large"), bench.restore("odd")],
     "list": lambda bench: [bench.list()],
     "import": lambda bench: [bench.imports()],
+    "calls": lambda bench: bench.calls(),
+    "first": lambda bench: bench.first(),
 }
 
 if __name__ == "__main__":

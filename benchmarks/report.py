@@ -75,6 +75,8 @@ def _median(values: Sequence[float | None]) -> float | None:
 def _time(seconds: float) -> str:
     if seconds >= 1:
         return f"{seconds:.2f} s"
+    if seconds < 0.001:
+        return f"{seconds * 1e6:.1f} µs"
     return f"{seconds * 1e3:.0f} ms" if seconds >= 0.01 else f"{seconds * 1e3:.1f} ms"
 
 
@@ -119,7 +121,10 @@ def render(sections: Sequence[Section], *, goals: bool, load: float = 0) -> str:
 
 def _table(section: Section, *, goals: bool) -> Iterator[str]:
     in_place = section.fact("aliased") is not None
-    head = ["", "median", "best", "× obmlite", "memory", "with file pages", *(["in place"] if in_place else [])]
+    memory = section.anonymous() is not None
+    head = ["", "median", "best", "× obmlite"]
+    head += ["memory", "with file pages"] if memory else []
+    head += ["in place"] if in_place else []
     yield f"\n### {section.title}\n"
     yield f"| {' | '.join(head)} |"
     yield f"| --- |{' ---: |' * (len(head) - 1)}"
@@ -129,9 +134,9 @@ def _table(section: Section, *, goals: bool) -> Iterator[str]:
             _time(section.seconds(name)),
             _time(section.best(name)),
             "" if name == "obmlite" else _ratio(section.seconds(name) / section.seconds()),
-            size(section.anonymous(name)),
-            size(section.resident(name)),
         ]
+        if memory:
+            cells += [size(section.anonymous(name)), size(section.resident(name))]
         if in_place:
             cells.append(_share(section.fact("aliased", name), section.fact("bytes", name)))
         yield f"| {' | '.join(cells)} |"

@@ -144,7 +144,8 @@ class TensorSpec:
                 found=f"{type(value).__module__}.{type(value).__qualname__}",
                 fix=f"obmlite.spec({value!r})" if isinstance(value, str) and value.endswith("]") else None,
             )
-        sharding = getattr(value, "sharding", None)
+        # A tracer has none, and says so in a text that takes long to make: the whole trace is searched for it.
+        sharding = None if isinstance(value, jax.core.Tracer) else getattr(value, "sharding", None)
         memory_kind = getattr(sharding, "memory_kind", None)
         if memory_kind is not None and memory_kind == _default_memory(sharding):
             memory_kind = None

@@ -292,21 +292,21 @@ def test_first_used_inside_of_a_transformation(dtype: str, folder: pathlib.Path)
     model = obmlite.Model.from_function(fn, params, x, vjp_order=1)
     path = folder / f"{dtype}.obm"
     model.save(path)
-    native = jax.jit(fn)
-    wanted = native(params, x)
-    wanted_gradient = jax.grad(total(fn), 1)(params, x)
-    for engine in ENGINES:
-        for first in (jax.jit, jax.checkpoint, lambda fn: lambda x: jax.lax.map(fn, x[None])[0]):
-            for made in (obmlite.load(path, engine=engine), obmlite.Model.from_function(fn, params, x, vjp_order=1)):
-                close(first(made)(x), wanted, rtol=1e-5)
-                close(made(x), wanted, rtol=1e-5)
-                close(jax.grad(total(made))(x), wanted_gradient, rtol=1e-4)
-            function = loaded(path, engine)
-            close(first(lambda x, f=function: f(params, x))(x), wanted, rtol=1e-5)
-            close(function(params, x), wanted, rtol=1e-5)
-            weights = obmlite.load(path).weights["params"]
-            first(lambda x, w=weights: x * w.restore()["w"].astype(x.dtype))(x)
-            close(weights.restore()["w"], jnp.asarray(params["w"]))
+    wanted = jax.jit(fn)(params, x)
+    for first in (jax.jit, jax.checkpoint, lambda fn: lambda x: jax.lax.map(fn, x[None])[0]):
+        for made in (obmlite.load(path), obmlite.Model.from_function(fn, params, x)):
+            close(first(made)(x), wanted, rtol=1e-5)
+            close(made(x), wanted, rtol=1e-5)
+        function = loaded(path)
+        close(first(lambda x, f=function: f(params, x))(x), wanted, rtol=1e-5)
+        close(function(params, x), wanted, rtol=1e-5)
+        weights = obmlite.load(path).weights["params"]
+        first(lambda x, w=weights: x * w.restore()["w"].astype(x.dtype))(x)
+        close(weights.restore()["w"], jnp.asarray(params["w"]))
+    model = obmlite.load(path)
+    gradient = jax.grad(total(fn), 1)(params, x)
+    close(jax.jit(jax.grad(total(model)))(x), gradient, rtol=1e-4)
+    close(jax.grad(total(model))(x), gradient, rtol=1e-4)
 
 
 def test_a_function_of_another_saved_one(second: pathlib.Path, folder: pathlib.Path) -> None:
