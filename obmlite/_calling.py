@@ -52,6 +52,8 @@ class Call:
         self._mesh = function.mesh
 
         def run(arrays: Any, donated: dict[str, Any], args: Any, kwargs: Any) -> Any:
+            if self._mesh is not None and jax.sharding.get_abstract_mesh().empty:
+                arrays, donated, args, kwargs = _placed((arrays, donated, args, kwargs), self._mesh)
             leaves, captures = arrays
             given = {**donated, **kwargs} if self._donated else signature.bind(args, kwargs)
             weights = {a: tree.unflatten(own) for (a, tree), own in zip(self._bound.items(), leaves, strict=True)}
@@ -92,6 +94,20 @@ class Call:
             return self._keeping(self._arrays, {}, (), given)
         donated = {name: given.pop(name) for name in self._donated}
         return self._jitted(self._arrays, donated, (), given)
+
+
+def _placed(values: Any, mesh: jax.sharding.Mesh) -> Any:
+    """The same values, on the devices of a mesh, in whatever way; for a call within what is traced without one."""
+    automatic = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
+    mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=automatic)
+
+    def place(value: Any) -> Any:
+        if not isinstance(value, jax.core.Tracer) or value.dtype == jax.dtypes.float0:
+            return value
+        spec = jax.P(*[jax.P.UNCONSTRAINED] * value.ndim)
+        return jax.lax.with_sharding_constraint(value, jax.sharding.NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, values)
 
 
 def _traced(arguments: Any) -> bool:

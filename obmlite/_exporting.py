@@ -112,7 +112,7 @@ def export(
         return tuple(result_leaves)
 
     with _no_locations(), context(object=name):
-        lowered = _lowering.lower(flat, structs, name, options)
+        lowered = _lowering.lower(flat, structs, leaf_specs, name, options)
     signature = Signature(
         tree,
         tuple(leaf_specs),

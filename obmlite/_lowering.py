@@ -53,12 +53,19 @@ class _Captures:
         return self._by_digest[key]
 
 
-def lower(flat: Callable[..., tuple[Any, ...]], structs: Sequence[Any], name: str, options: Options) -> Lowered:
+def lower(
+    flat: Callable[..., tuple[Any, ...]],
+    structs: Sequence[Any],
+    specs: Sequence[TensorSpec],
+    name: str,
+    options: Options,
+) -> Lowered:
     """Lowers a function and its VJPs.
 
     Args:
       flat: the function over flat leaves.
       structs: shape and dtype of each leaf.
+      specs: what else is known of each.
       name: what to call it.
       options: platforms, order of VJPs, custom calls.
 
@@ -68,6 +75,7 @@ def lower(flat: Callable[..., tuple[Any, ...]], structs: Sequence[Any], name: st
     flat.__name__ = flat.__qualname__ = identifier(name)
     closed = _trace(flat, structs)
     _refuse_callbacks(closed)
+    structs = _placed(structs, specs, closed)
     lifted = _capturing.lift(closed, MAX_CONSTANT_BYTES)
     differentiable = True
     try:
@@ -79,7 +87,7 @@ def lower(flat: Callable[..., tuple[Any, ...]], structs: Sequence[Any], name: st
         differentiable = False
         held = dataclasses.replace(lifted, call=_constant(lifted, len(structs)))
         levels = _levels(held, structs, name, options)
-    return _records(levels, lifted, len(structs), differentiable, options, _mesh(closed))
+    return _records(levels, lifted, len(structs), differentiable, options, _mesh(closed, levels[0].nr_devices))
 
 
 def identifier(name: str) -> str:
@@ -93,6 +101,18 @@ def _trace(flat: Callable[..., Any], structs: Sequence[Any]) -> Any:
     except jax.errors.ConcretizationTypeError as error:
         error.add_note('obmlite: an argument that decides what is computed must be static, as in static=("train",)')
         raise
+
+
+def _placed(structs: Sequence[Any], specs: Sequence[TensorSpec], closed: Any) -> list[Any]:
+    """The leaves with their shardings, where the function fixes a mesh of as many devices; elsewhere they are hints."""
+    placed = []
+    for struct, spec in zip(structs, specs, strict=True):
+        sharding = _rebuild.named_sharding(spec)
+        if sharding is not None and set(sharding.mesh.axis_types) == {jax.sharding.AxisType.Auto}:  # no types of values
+            if _mesh(closed, sharding.mesh.size):
+                struct = struct.update(sharding=sharding)
+        placed.append(struct)
+    return placed
 
 
 def _constant(lifted: _capturing.Traced, count: int) -> _capturing.FlatFunction:
@@ -159,7 +179,7 @@ def _records(
                 arguments=(*map(_spec, exported.in_avals, ins), *more),
                 results=tuple(map(_spec, exported.out_avals, outs)),
                 traced=traced,
-                mesh=mesh if exported.nr_devices > 1 else None,
+                mesh=mesh,
                 kept=None if len(kept) == traced + len(more) else tuple(kept),
                 donated=lifted.donated if order == 0 else (),
                 captures=(*own, *(Capture("", leaf, False, traced + n) for n, leaf in enumerate(places))),
@@ -251,13 +271,14 @@ def _refuse_callbacks(closed: Any) -> None:
             )
 
 
-def _mesh(closed: Any) -> MeshSpec | None:
-    """The mesh that a function fixes, by shard_map or a sharding constraint in it."""
+def _mesh(closed: Any, devices: int) -> MeshSpec | None:
+    """The mesh of so many devices that a function fixes: by shard_map, a sharding constraint, or a jit's in_shardings."""
     for eqn in _eqns(closed):
         for value in eqn.params.values():
-            mesh = getattr(value, "mesh", value)
-            if isinstance(mesh, (jax.sharding.Mesh, jax.sharding.AbstractMesh)) and mesh.axis_names:
-                return MeshSpec.of(mesh)
+            for part in value if isinstance(value, tuple) else (value,):
+                mesh = getattr(part, "mesh", part)
+                if isinstance(mesh, (jax.sharding.Mesh, jax.sharding.AbstractMesh)) and mesh.size == devices > 1:
+                    return MeshSpec.of(mesh)
     return None
 
 

@@ -39,7 +39,7 @@ def rebuild(module: ModuleRecord, artifact: bytes, constraints: Sequence[str]) -
         )
     every = [*module.arguments, *module.results]
     shapes = dims.to_jax([s.shape for s in every], [dims.parse_constraint(c) for c in constraints])
-    shardings = [_sharding(s) if module.num_devices > 1 else None for s in every]
+    shardings = [named_sharding(s) if module.num_devices > 1 else None for s in every]
     avals = [_aval(s, shape, sharding) for s, shape, sharding in zip(every, shapes, shardings, strict=True)]
     count = len(module.arguments)
     return _make(
@@ -60,11 +60,20 @@ def rebuild(module: ModuleRecord, artifact: bytes, constraints: Sequence[str]) -
         disabled_safety_checks=tuple(jax_export.DisabledSafetyCheck(text) for text in module.disabled_checks),
         mlir_module_serialized=artifact,
         calling_convention_version=module.calling_convention,
-        # JAX looks for each argument in it: a range answers at once, a tuple after a walk.
-        module_kept_var_idx=range(count) if module.kept is None else module.kept,
+        module_kept_var_idx=_Kept(range(count) if module.kept is None else module.kept),
         uses_global_constants=module.uses_global_constants,
         _get_vjp=None,
     )
+
+
+class _Kept(tuple[int, ...]):
+    """Numbers of arguments. JAX looks for each argument in them: a plain tuple answers after a walk."""
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self._set = frozenset(numbers)
+
+    def __contains__(self, number: object) -> bool:
+        return number in self._set
 
 
 def _make(**parts: Any) -> jax_export.Exported:
@@ -110,7 +119,8 @@ def partition_spec(partition: Partition) -> PartitionSpec:
     return PartitionSpec(*entries, **extra)
 
 
-def _sharding(spec: TensorSpec) -> NamedSharding | None:
+def named_sharding(spec: TensorSpec) -> NamedSharding | None:
+    """The JAX form of a spec's partition; None where it has none that names a mesh."""
     if spec.partition is None or spec.partition.mesh is None:
         return None
     return NamedSharding(mesh_of(spec.partition.mesh), partition_spec(spec.partition))
@@ -121,7 +131,7 @@ def _sharding(spec: TensorSpec) -> NamedSharding | None:
 
 def without_vjp(exported: jax_export.Exported) -> jax_export.Exported:
     """The same without a derivative of its own."""
-    return dataclasses.replace(exported, _get_vjp=None)
+    return dataclasses.replace(exported, _get_vjp=None, module_kept_var_idx=_Kept(exported.module_kept_var_idx))
 
 
 def without_lapack(exported: jax_export.Exported, artifact: bytes) -> jax_export.Exported:

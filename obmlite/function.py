@@ -172,7 +172,7 @@ class Function:
         return self._with(bindings=[Binding(argument, name) for argument, name in weights.items()])
 
     def on(self, mesh: jax.sharding.Mesh) -> Function:
-        """The function, called on the devices of a mesh; arguments that are not there are put there.
+        """The function, called on the devices of a mesh; arguments that are committed to no others are put there.
 
         Raises:
           ArgumentError: the function fixes the number of its devices, and the mesh has another.

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from benchmarks import report
+from benchmarks import calls, report
 from benchmarks.measure import Measured
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -13,6 +13,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def test_every_case_runs(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "--size", "0.0005", "--rounds", "1", "--directory", str(tmp_path)]
     peers = ["--contenders", "safetensors", "copy", "hashing", "header"]
+    peers += ["--cases", "save", "restore", "list", "import"]
     done = subprocess.run([*command, *peers], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("### ") == 5
@@ -21,6 +22,22 @@ def test_every_case_runs(tmp_path):
         assert title in done.stdout
     assert "goal" not in done.stdout  # which are about the full size
     assert os.listdir(tmp_path) == []
+
+
+def test_calls_are_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(calls, "_BLOCKS", 2)
+    monkeypatch.setattr(calls, "_BLOCK", 20)
+    monkeypatch.setattr(calls, "LEAVES", (2,))
+    calls.make_calls(str(tmp_path))
+    found = dict(calls.kinds(calls.calls(str(tmp_path)), 2))
+    assert set(found) == {
+        "native jit",
+        "obmlite function",
+        "obmlite with bound weights",
+        "jit(Exported.call)",
+        "Exported.call",
+    }
+    assert 0 < found["native jit"] < found["Exported.call"]
 
 
 def test_a_table_gives_medians_ratios_and_goals():
