@@ -332,6 +332,13 @@ def explain(error: Exception, program: Program, leaves: Sequence[Any]) -> Obmlit
             found=f"{devices or 1} {'device' if devices < 2 else 'devices'}",
             fix="call .on(mesh) of the function with such a mesh, or place the arguments on one",
         )
+    if "tile_assignment" in text:
+        return ArgumentError(
+            "The function holds shardings for another number of devices than it was called on.",
+            field="devices",
+            expected="one device, or as many as the abstract mesh has that it was exported with",
+            found=f"{devices or 1} {'device' if devices < 2 else 'devices'}",
+        )
     if "forward-mode autodiff" in text:
         return ArgumentError(
             "A saved function has derivatives in reverse mode only.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -105,14 +106,17 @@ def _trace(flat: Callable[..., Any], structs: Sequence[Any]) -> Any:
 
 def _placed(structs: Sequence[Any], specs: Sequence[TensorSpec], closed: Any) -> list[Any]:
     """The leaves with their shardings, where the function fixes a mesh of as many devices; elsewhere they are hints."""
-    placed = []
-    for struct, spec in zip(structs, specs, strict=True):
+    fixed = functools.cache(lambda devices: _mesh(closed, devices))
+
+    def place(struct: Any, spec: TensorSpec) -> Any:
         sharding = _rebuild.named_sharding(spec)
-        if sharding is not None and set(sharding.mesh.axis_types) == {jax.sharding.AxisType.Auto}:  # no types of values
-            if _mesh(closed, sharding.mesh.size):
-                struct = struct.update(sharding=sharding)
-        placed.append(struct)
-    return placed
+        if sharding is None or not fixed(sharding.mesh.size):
+            return struct
+        if set(sharding.mesh.axis_types) != {jax.sharding.AxisType.Auto}:  # others would be part of the value's type
+            return struct
+        return struct.update(sharding=sharding)
+
+    return list(map(place, structs, specs))
 
 
 def _constant(lifted: _capturing.Traced, count: int) -> _capturing.FlatFunction:
@@ -272,7 +276,7 @@ def _refuse_callbacks(closed: Any) -> None:
 
 
 def _mesh(closed: Any, devices: int) -> MeshSpec | None:
-    """The mesh of so many devices that a function fixes: by shard_map, a sharding constraint, or a jit's in_shardings."""
+    """The mesh of so many devices that a function fixes, by shard_map, a constraint, or in_shardings of a jit."""
     for eqn in _eqns(closed):
         for value in eqn.params.values():
             for part in value if isinstance(value, tuple) else (value,):
