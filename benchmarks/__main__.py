@@ -158,9 +158,9 @@ class Bench:
                 f"below {most:.2f} × {peer}", lambda s, most=most, peer=peer: s.seconds() < most * s.seconds(peer)
             )
             section = Section(f"Process start to first prediction: a small CNN with {what}, bytecode cached", [goal])
-            for name in calls.FIRST:
+            for name in calls.contenders(suffix):
                 calls.first(self._directory, name, suffix)  # leaves the bytecode behind
-            for name in self._interleaved(calls.FIRST, 2 * self._rounds + 1):
+            for name in self._interleaved(calls.contenders(suffix), 2 * self._rounds + 1):
                 seconds = calls.first(self._directory, name, suffix)
                 _add(section, calls.TITLES[name], Measured(seconds, None, None, {}))
             yield section

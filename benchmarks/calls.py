@@ -6,6 +6,7 @@ parent starts it anew for each measurement.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import statistics
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 LEAVES = (2, 200)
-FIRST = ("obmlite", "export")
+FIRST = ("obmlite", "export", "jax2tf")
 _BLOCK = 200  # calls in one timing
 _BLOCKS = 60
 
@@ -143,7 +144,30 @@ def make_first(directory: str) -> None:
         exported = jax.export.export(jax.jit(lambda p, x, f=apply: f(p, x)), platforms=platforms)(params, struct)
         with open(_path(directory, f"first-export-{suffix}"), "wb") as file:
             file.write(exported.serialize())
+        if "jax2tf" in contenders(suffix):
+            _save_jax2tf(apply, params, struct, _path(directory, f"first-jax2tf-{suffix}"))
         safetensors.flax.save_file(params, _path(directory, f"first-export-{suffix}.safetensors"))
+
+
+def _save_jax2tf(apply: Callable[..., Any], params: Any, struct: Any, path: str) -> None:
+    """The same as a TensorFlow SavedModel."""
+    import tensorflow as tf
+    from jax.experimental import jax2tf
+
+    converted = jax2tf.convert(
+        apply, polymorphic_shapes=[None, str(struct.shape)], native_serialization_platforms=["cpu"]
+    )
+    module = tf.Module()
+    module.params = tf.nest.map_structure(tf.Variable, params)
+    spec = tf.TensorSpec([None, *struct.shape[1:]], tf.float32)
+    module.call = tf.function(lambda x: converted(module.params, x), input_signature=[spec], autograph=False)
+    tf.saved_model.save(module, path)
+
+
+def contenders(suffix: str) -> list[str]:
+    """Those of :data:`FIRST` that can run a case here: TensorFlow has to be installed, and has no LAPACK calls."""
+    tensorflow = suffix == "plain" and importlib.util.find_spec("tensorflow") is not None
+    return [name for name in FIRST if name != "jax2tf" or tensorflow]
 
 
 _FIRST = {
@@ -158,8 +182,15 @@ with open(sys.argv[1], "rb") as file:
     exported = jax.export.deserialize(bytearray(file.read()))
 print(float(jax.jit(exported.call)(params, numpy.ones((8, 28, 28, 1), "f4")).sum()))
 """,
+    "jax2tf": """
+import os, sys
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+import numpy, tensorflow
+loaded = tensorflow.saved_model.load(sys.argv[1])
+print(float(tensorflow.reduce_sum(loaded.call(numpy.ones((8, 28, 28, 1), "f4")))))
+""",
 }
-TITLES = {"obmlite": "obmlite", "export": "jax.export + safetensors.flax"}
+TITLES = {"obmlite": "obmlite", "export": "jax.export + safetensors.flax", "jax2tf": "jax2tf SavedModel, TensorFlow"}
 
 
 def first(directory: str, contender: str, suffix: str) -> float:
