@@ -104,6 +104,8 @@ def _placed(values: Any, mesh: jax.sharding.Mesh) -> Any:
     def place(value: Any) -> Any:
         if not isinstance(value, jax.core.Tracer) or value.dtype == jax.dtypes.float0:
             return value
+        if not jax.typeof(value).sharding.mesh.empty:  # typed by a mesh of explicit axes, and so on its devices
+            return value
         spec = jax.P(*[jax.P.UNCONSTRAINED] * value.ndim)
         return jax.lax.with_sharding_constraint(value, jax.sharding.NamedSharding(mesh, spec))
 

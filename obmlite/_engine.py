@@ -272,11 +272,12 @@ def _read_export(program: Program, order: int, blob: bytes, artifact: bytes) -> 
             exported = exported.vjp()
     except Exception as error:
         raise _not_exported(module, str(error)[:300]) from error
-    if exported.mlir_module_serialized != artifact:
+    counts = len(exported.in_avals), len(exported.out_avals)
+    if exported.mlir_module_serialized != artifact or counts != (len(module.arguments), len(module.results)):
         raise CorruptPackageError(
             "A function's file holds another module than the manifest says.", field="Module.stablehlo_offset"
         )
-    return _rebuild.without_vjp(exported)
+    return _rebuild.completed(_rebuild.without_vjp(exported), module, program.constraints)
 
 
 def _not_exported(module: ModuleRecord, reason: str) -> UnsupportedFormatError:
@@ -332,12 +333,19 @@ def explain(error: Exception, program: Program, leaves: Sequence[Any]) -> Obmlit
             found=f"{devices or 1} {'device' if devices < 2 else 'devices'}",
             fix="call .on(mesh) of the function with such a mesh, or place the arguments on one",
         )
-    if "tile_assignment" in text:
+    if "Invalid sharding for instruction" in text:
         return ArgumentError(
             "The function holds shardings for another number of devices than it was called on.",
             field="devices",
             expected="one device, or as many as the abstract mesh has that it was exported with",
-            found=f"{devices or 1} {'device' if devices < 2 else 'devices'}",
+            found=text.partition("\n")[0].rpartition(": ")[2][:300],
+        )
+    if "incompatible with mesh_shape" in text:
+        return ArgumentError(
+            "A result is split as the axes of the mesh cannot express.",
+            field="devices",
+            found=text[:300],
+            fix="call the function on a mesh with the axes that it was exported with",
         )
     if "forward-mode autodiff" in text:
         return ArgumentError(

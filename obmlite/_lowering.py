@@ -319,6 +319,13 @@ class _explained:  # noqa: N801 - reads as a statement
                 found=", ".join(targets) or text[:300],
                 fix=f"allow_custom_calls={set(targets) or '{…}'!r}, here and when loading",
             ) from error
+        if "Cannot solve for values of dimension variables" in text:
+            raise ExportError(
+                "The symbols cannot be found from the shapes of the arguments.",
+                field="dimension",
+                expected="for each symbol a dimension that is linear in it and has no other that is unknown",
+                found=text.partition("polymorphic shapes specifications: ")[2][:300] or text[:300],
+            ) from error
         raise ExportError(
             "JAX cannot lower the function.",
             field="platforms",

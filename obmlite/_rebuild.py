@@ -134,6 +134,21 @@ def without_vjp(exported: jax_export.Exported) -> jax_export.Exported:
     return dataclasses.replace(exported, _get_vjp=None, module_kept_var_idx=_Kept(exported.module_kept_var_idx))
 
 
+def completed(exported: jax_export.Exported, module: ModuleRecord, constraints: Sequence[str]) -> jax_export.Exported:
+    """The same with what jax.export's serialization does not hold: weak types, and constraints on symbols."""
+    avals = [*exported.in_avals, *exported.out_avals]
+    specs = [*module.arguments, *module.results]
+    changed = [
+        aval if aval.weak_type == spec.weak_type else aval.update(weak_type=spec.weak_type)
+        for aval, spec in zip(avals, specs, strict=True)
+    ]
+    if constraints:
+        shapes = dims.to_jax([s.shape for s in specs], [dims.parse_constraint(c) for c in constraints])
+        changed = [aval.update(shape=shape) for aval, shape in zip(changed, shapes, strict=True)]
+    count = len(exported.in_avals)
+    return dataclasses.replace(exported, in_avals=tuple(changed[:count]), out_avals=tuple(changed[count:]))
+
+
 def without_lapack(exported: jax_export.Exported, artifact: bytes) -> jax_export.Exported:
     """The same, for a call that does not set LAPACK up, where that is safe; it takes as long as a small import.
 

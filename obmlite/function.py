@@ -174,6 +174,8 @@ class Function:
     def on(self, mesh: jax.sharding.Mesh) -> Function:
         """The function, called on the devices of a mesh; arguments that are committed to no others are put there.
 
+        One that fixes its mesh keeps its own axes, over the devices in the given mesh's order.
+
         Raises:
           ArgumentError: the function fixes the number of its devices, and the mesh has another.
         """
@@ -187,6 +189,11 @@ class Function:
                 expected=f"{needed} devices" + (f", as of a mesh of {self.module.mesh}" if self.module.mesh else ""),
                 found=f"a mesh of {MeshSpec.of(mesh)}",
             )
+        own = self.module.mesh
+        if own is not None and (own.names, own.sizes) != (tuple(mesh.axis_names), mesh.devices.shape):
+            # The mesh's devices with the function's axes: those of the mesh may not express how its results are split.
+            types = (jax.sharding.AxisType.Auto,) * len(own.names)
+            mesh = jax.sharding.Mesh(mesh.devices.reshape(own.sizes), own.names, axis_types=types)
         return self._with(mesh=mesh)
 
     def named(self, name: str) -> Function:

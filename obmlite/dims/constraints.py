@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from obmlite import errors
@@ -148,9 +146,9 @@ def check_together(constraints: Iterable[Constraint]) -> None:
         low, high = bounds.get(symbol, (1, MAX_INTEGER))
         at_most = (constraint.relation == "<=") == (factor > 0)
         if constraint.relation == "==" or at_most:
-            high = min(high, math.floor(Fraction(rest, factor)))
+            high = min(high, rest // factor)
         if constraint.relation == "==" or not at_most:
-            low = max(low, math.ceil(Fraction(rest, factor)))
+            low = max(low, -(-rest // factor))
         bounds[symbol] = low, high
         texts.setdefault(symbol, []).append(constraint.text)
         if low > high:
