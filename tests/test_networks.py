@@ -66,7 +66,7 @@ COPIED
 GRADIENT
 
 engine, folder, *names = sys.argv[1:]
-arrays, trees = {}, {}
+arrays, facts = {}, {}
 for name in names:
     model = obmlite.load(f"{folder}/{name}.obm", engine=engine)
     (function,) = model.functions.values()
@@ -81,10 +81,10 @@ for name in names:
         "gradient": gradient(lambda *args: function(*args), [*weights, *own]),
     }
     deleted = [any(leaf.is_deleted() for leaf in jax.tree.leaves(i)) for i in inputs]
-    trees[name] = {
+    facts[name] = {
         "results": str(jax.tree.structure(results["model"])),
-        "deleted": deleted,
-        "all": [all(leaf.is_deleted() for leaf in jax.tree.leaves(i)) for i in inputs],
+        "any deleted": deleted,
+        "all deleted": [all(leaf.is_deleted() for leaf in jax.tree.leaves(i)) for i in inputs],
     }
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves([weights, own]))
     for what, tree in results.items():
@@ -92,7 +92,7 @@ for name in names:
 assert "networks" not in sys.modules
 np.savez(f"{folder}/{engine}.npz", **arrays)
 with open(f"{folder}/{engine}.json", "w") as file:
-    json.dump(trees, file)
+    json.dump(facts, file)
 """
 
 
@@ -111,26 +111,25 @@ def packages(made: dict[str, networks.Network], tmp_path_factory: pytest.TempPat
     return folder
 
 
-@pytest.fixture(scope="module", params=ENGINES)
-def fresh(request: pytest.FixtureRequest, packages: pathlib.Path) -> tuple[str, Any, Any]:
+def fresh(engine: str, packages: pathlib.Path) -> tuple[dict[str, Any], Any]:
     """What one process that knows only obmlite computes with all of them."""
-    script = packages / "fresh.py"
+    script = packages / f"{engine}.py"
     text = FRESH.replace("COPIED", inspect.getsource(copied)).replace("GRADIENT", inspect.getsource(gradient))
     script.write_text(text)
     # First the one that calls LAPACK: nothing else may have set it up.
     names = sorted(networks.ALL, key=lambda name: name != "spectral")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, str(script), request.param, str(packages), *names],
+        [sys.executable, str(script), engine, str(packages), *names],
         capture_output=True,
         text=True,
         env=environment,
         cwd=packages,
-        timeout=300,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    with np.load(packages / f"{request.param}.npz") as arrays:
-        return request.param, dict(arrays), json.loads((packages / f"{request.param}.json").read_text())
+    with np.load(packages / f"{engine}.npz") as arrays:
+        return dict(arrays), json.loads((packages / f"{engine}.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -159,39 +158,43 @@ def part(arrays: dict[str, Any], name: str, what: str) -> list[Any]:
     return [arrays[f"{prefix}{n}"] for n in range(sum(key.startswith(prefix) for key in arrays))]
 
 
-@pytest.mark.parametrize("what", ["model", "model, once more", "function"])
-@pytest.mark.parametrize("name", networks.ALL)
-def test_forward_is_the_same_to_the_last_bit(name: str, what: str, fresh: Any, native: Any) -> None:
-    _, arrays, trees = fresh
-    results, _ = native(name)
-    assert trees[name]["results"] == str(jax.tree.structure(results))
-    found = part(arrays, name, what)
-    for wanted, value in zip(jax.tree.leaves(results), found, strict=True):
-        wanted = np.asarray(wanted)
-        assert (value.dtype, value.shape) == (wanted.dtype, wanted.shape)
-        assert value.tobytes() == wanted.tobytes(), np.abs(value - wanted).max()
+# One test for each engine, and not one for each network: what they share is made once in each of pytest's workers.
 
 
-@pytest.mark.parametrize("name", networks.ALL)
-def test_gradients_are_the_same(name: str, fresh: Any, native: Any) -> None:
-    _, arrays, _ = fresh
-    _, gradients = native(name)
-    found = part(arrays, name, "gradient")
-    assert found
-    for wanted, value in zip(map(np.asarray, gradients), found, strict=True):
-        assert (value.dtype, value.shape) == (wanted.dtype, wanted.shape)
-        np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max(initial=0))
-
-
-def test_what_is_donated_is_gone_and_nothing_else(
-    made: dict[str, networks.Network], packages: pathlib.Path, fresh: Any
-) -> None:
-    engine, _, trees = fresh
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_fresh_process(engine: str, made: Any, packages: pathlib.Path, native: Callable[[str], Any]) -> None:
+    arrays, facts = fresh(engine, packages)
     for name, network in made.items():
+        results, gradients = native(name)
+        assert facts[name]["results"] == str(jax.tree.structure(results)), name
+        wanted = [np.asarray(leaf) for leaf in jax.tree.leaves(results)]
+        for what in ("model", "model, once more", "function"):
+            same_bits(f"{name}, {what}", part(arrays, name, what), wanted)
+
+        found = part(arrays, name, "gradient")
+        assert len(found) == len(gradients) > 0
+        for n, (value, leaf) in enumerate(zip(found, map(np.asarray, gradients), strict=True)):
+            assert (value.dtype, value.shape) == (leaf.dtype, leaf.shape), (name, n)
+            atol = 1e-5 * np.abs(leaf).max(initial=0)
+            np.testing.assert_allclose(value, leaf, rtol=1e-5, atol=atol, err_msg=f"{name}, gradient {n}")
+
+        # What was donated is gone, and nothing else.
         donated = [own in network.donated for own in network.inputs]
-        assert trees[name]["deleted"] == trees[name]["all"] == donated, name
-        function = next(iter(obmlite.load(packages / f"{name}.obm", engine=engine).functions.values()))
-        assert {leaf.partition(".")[0] for leaf in function.donated_names} == set(network.donated)
+        assert facts[name]["any deleted"] == facts[name]["all deleted"] == donated, name
+
+
+def same_bits(what: str, found: list[Any], wanted: list[Any]) -> None:
+    for n, (value, leaf) in enumerate(zip(found, wanted, strict=True)):
+        assert (value.dtype, value.shape) == (leaf.dtype, leaf.shape), (what, n)
+        assert value.tobytes() == leaf.tobytes(), (what, n, np.abs(value - leaf).max())
+
+
+def test_what_functions_say_of_themselves(made: Any, packages: pathlib.Path) -> None:
+    for name in networks.ALL:
+        for function in obmlite.load(packages / f"{name}.obm").functions.values():
+            assert function.durable, name  # a PRNG key, say, must not bring operations of other dialects along
+            assert function.vjp_order == 1
+            assert {leaf.partition(".")[0] for leaf in function.donated_names} == set(made[name].donated)
 
 
 def test_a_loop_of_donated_steps(made: dict[str, networks.Network], packages: pathlib.Path) -> None:
@@ -233,7 +236,7 @@ def test_weights_that_are_bound_are_not_donated(tmp_path: pathlib.Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, own, params)
 
 
-@pytest.mark.parametrize("name", ["cnn", "transformer", "mixture_of_experts", "dropout", "two_tower", "closure"])
+@pytest.mark.parametrize("name", ["transformer", "dropout", "closure"])
 def test_another_batch_size(name: str, made: dict[str, networks.Network], packages: pathlib.Path) -> None:
     network = made[name]
     own = getattr(network.fn, "__wrapped__", network.fn)
@@ -242,7 +245,7 @@ def test_another_batch_size(name: str, made: dict[str, networks.Network], packag
         for key, value in network.inputs.items()
     }
     wanted = jax.jit(lambda *args: own(*args, **network.static))(*network.weights.values(), *inputs.values())
-    found = obmlite.load(packages / f"{name}.obm")(*copied(inputs).values())
+    found = obmlite.load(packages / f"{name}.obm")(*copied(list(inputs.values())))
     for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert np.asarray(left).tobytes() == np.asarray(right).tobytes()
 

@@ -183,7 +183,7 @@ def test(result: Result, extra: list[str]) -> None:
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
     some = [] if run.requirement is None else [f"--ignore={path}" for path in INDEPENDENT]
-    command = [str(run.python), "-m", "pytest", "-n", "2", "--dist", "worksteal", f"--junitxml={report}"]
+    command = [str(run.python), "-m", "pytest", "-n", "2", "--dist", "loadfile", f"--junitxml={report}"]
     done = subprocess.run([*command, *some, *(extra or ["tests"])], cwd=ROOT, check=False)
     if not report.exists():
         result.outcome = f"pytest did not finish (exit status {done.returncode})"
