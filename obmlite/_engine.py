@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax import export as jax_export
 
-from obmlite import _custom_calls, _rebuild
+from obmlite import _promises, _rebuild
 from obmlite.errors import (
     ArgumentError,
     CorruptPackageError,
@@ -248,8 +248,8 @@ def _check_artifact(module: ModuleRecord, artifact: bytes, allowed: Collection[s
             expected=", ".join(module.custom_calls) or "none",
             found=", ".join(custom_calls) or "none",
         )
-    _custom_calls.check(custom_calls, allowed, loading=True)
-    _custom_calls.prepare(artifact)
+    _promises.check_custom_calls(custom_calls, allowed, loading=True)
+    _promises.prepare(artifact)
 
 
 def _too_new(module: ModuleRecord) -> UnsupportedFormatError:

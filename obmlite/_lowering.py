@@ -13,7 +13,7 @@ import jaxlib
 import numpy as np
 from jax import export as jax_export
 
-from obmlite import _arrays, _capturing, _custom_calls, _rebuild
+from obmlite import _arrays, _capturing, _promises, _rebuild
 from obmlite.errors import ExportError
 from obmlite.schema.records import Capture, ModuleFormat, ModuleRecord
 from obmlite.specs import MeshSpec, Partition, TensorSpec
@@ -164,7 +164,7 @@ def _records(
     for order, exported in enumerate(levels):
         module = _stablehlo.normalise(exported.mlir_module_serialized, limit=MAX_CONSTANT_BYTES)
         _check_constants(module)
-        _custom_calls.check(module.custom_calls, options.allow_custom_calls, loading=False)
+        _promises.check_custom_calls(module.custom_calls, options.allow_custom_calls, loading=False)
         traced = len(exported.in_avals)
         ins, outs = _rebuild.shardings(exported)
         more = [TensorSpec.of(value) for value in module.hoisted]

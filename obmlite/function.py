@@ -14,7 +14,7 @@ from obmlite import _arrays, _engine
 from obmlite import tree as trees
 from obmlite._calling import Call
 from obmlite._once import once
-from obmlite._stablehlo_names import beyond_promise
+from obmlite._promises import beyond_promise
 from obmlite.errors import ArgumentError, ExportError, LeafError, context
 from obmlite.schema.records import Binding, Capture, ModuleRecord
 from obmlite.signature import Signature

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from obmlite import _arrays
-from obmlite._stablehlo_names import durable
+from obmlite._promises import durable
 from obmlite.errors import ObmliteError, context
 from obmlite.io.store import LocalDirectory
 from obmlite.loading import function_signature, open_manifest

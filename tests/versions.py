@@ -42,7 +42,6 @@ INDEPENDENT = {
     "tests/schema": "the manifest's encoding; nothing of JAX",
     "tests/test_benchmarks.py": "the benchmarks' report",
     "tests/test_cli.py": "text in a terminal",
-    "tests/test_dims.py": "arithmetic on symbols of our own",
     "tests/test_durability.py": "crashes and races of saving, which are about files",
     "tests/test_examples.py": "the examples, which need scikit-learn and matplotlib",
     "tests/test_flushing.py": "the disk",

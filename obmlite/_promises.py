@@ -1,4 +1,4 @@
-"""Which custom calls a module may make, and what they need of the process.
+"""What JAX and StableHLO promise to keep, by names: custom calls and dialects.
 
 A custom call runs native code by its name, and a module that was made to do so can crash the process: JAX looks at the
 names only when it exports. The names here are those that JAX promises to keep (``jax.export``'s documentation,
@@ -66,7 +66,7 @@ STABLE = frozenset(_LAPACK | _GPU | _TPU | _ANY)
 """Targets that JAX promises to keep, but ``tf.call_tf_function``, which nothing here makes."""
 
 
-def check(targets: Iterable[str], allowed: Collection[str], *, loading: bool) -> None:
+def check_custom_calls(targets: Iterable[str], allowed: Collection[str], *, loading: bool) -> None:
     """Refuses custom calls that neither JAX's promise covers nor the user allowed.
 
     Raises:
@@ -99,3 +99,16 @@ def prepare(artifact: bytes) -> None:
         from jaxlib import lapack
 
         lapack._lapack.initialize()
+
+
+_DURABLE = frozenset({"builtin", "func", "stablehlo", "vhlo", "chlo"})
+
+
+def durable(dialects: tuple[str, ...]) -> bool:
+    """Whether StableHLO's compatibility promise covers all of a module that has these dialects."""
+    return _DURABLE.issuperset(dialects)
+
+
+def beyond_promise(dialects: Iterable[str]) -> tuple[str, ...]:
+    """Those of some dialects that the promise does not cover, sorted."""
+    return tuple(sorted(set(dialects) - _DURABLE))
