@@ -95,6 +95,8 @@ def same_family(spec: TensorSpec, dtype: Any) -> bool:
     _, family = _target(dtype)
     if spec.kind.is_key or not spec.kind.storage:
         return False
+    if family is np.floating and spec.kind.name.startswith("float"):  # JAX 0.9 does not know floats of 6 bits as such
+        return True
     return bool(jax.dtypes.issubdtype(spec.kind.numpy, family))
 
 
