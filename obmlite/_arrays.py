@@ -12,6 +12,7 @@ import numpy as np
 from obmlite import dtypes
 from obmlite.errors import ExportError, LeafError, RestoreError
 from obmlite.io import digest
+from obmlite.plan import Box, boxes
 from obmlite.specs import TensorSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -24,7 +25,7 @@ def check_leaf(leaf: Any) -> TensorSpec:
     """The spec of a leaf that can be saved.
 
     Raises:
-      LeafError: it is no array or number, has been deleted, is being traced, or lies on other processes.
+      LeafError: it is no array or number, has been deleted, or is being traced.
     """
     spec = TensorSpec.of(leaf)
     if isinstance(leaf, jax.core.Tracer):
@@ -39,13 +40,6 @@ def check_leaf(leaf: Any) -> TensorSpec:
                 "A leaf's buffer was deleted, most likely because it was donated to a jitted function.",
                 found=f"deleted {spec}",
                 fix="save before donating, or save the function's result instead",
-            )
-        if not leaf.is_fully_addressable:
-            raise LeafError(
-                "A leaf lies partly on other processes' devices.",
-                expected="arrays that this process can read whole",
-                found=str(leaf.sharding),
-                fix="gather it first, as with jax.experimental.multihost_utils.process_allgather",
             )
     elif isinstance(leaf, (jax.ShapeDtypeStruct, TensorSpec)):
         raise LeafError("A leaf has a shape and a dtype but no values to save.", found=str(spec))
@@ -62,12 +56,54 @@ def to_host(leaf: Any, spec: TensorSpec) -> Array:
     return held if held.dtype.isnative else held.astype(held.dtype.newbyteorder("="))
 
 
+def read_box(leaf: Any, spec: TensorSpec, box: Box) -> Array:
+    """A box of a leaf as :func:`to_host` gives it; of an array that lies on several processes, from the shards here.
+
+    Raises:
+      LeafError: no shard of this process has all of the box.
+    """
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return _part(to_host(leaf, spec), box)
+    shape: tuple[int, ...] = spec.shape  # type: ignore[assignment]
+    for shard in leaf.addressable_shards:
+        own = boxes.of_index(shard.index[: len(shape)], shape)  # a key's shard has dimensions of its key data too
+        if all(a <= c and d <= b for (a, b), (c, d) in zip(own, box, strict=True)):
+            return _part(to_host(shard.data, spec), boxes.relative(box, own))
+    raise LeafError(
+        "A leaf lies partly on other processes' devices.",
+        expected="arrays that this process can read whole",
+        found=str(leaf.sharding),
+        fix="save from all processes, or gather it first, as with jax.experimental.multihost_utils.process_allgather",
+    )
+
+
+def _part(held: Array, box: Box) -> Array:
+    index: tuple[Any, ...] = (*boxes.slices(box), ...)  # with the dots an array also where there are no dimensions
+    part: Array = held[index]
+    return part
+
+
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """An uninitialised array that XLA's CPU client can use in place."""
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     raw = np.empty(nbytes + ALIGNMENT, np.uint8)
     offset = -raw.ctypes.data % ALIGNMENT
     return raw[offset : offset + nbytes].view(dtype).reshape(shape)
+
+
+def is_aligned(array: Array) -> bool:
+    """Whether XLA's CPU client can use an array in place."""
+    return bool(array.ctypes.data % ALIGNMENT == 0)
+
+
+def aligned(array: Array) -> Array:
+    """An array that XLA's CPU client can use in place: the same, or a read-only copy."""
+    if is_aligned(array):
+        return array
+    copy = aligned_empty(array.shape, array.dtype)
+    copy[...] = array
+    copy.flags.writeable = False
+    return copy
 
 
 _FAMILIES = (np.floating, np.integer, np.complexfloating)
@@ -113,7 +149,8 @@ def cast(value: Any, target: np.dtype[Any]) -> Any:
     if isinstance(value, np.ndarray) and not np.can_cast(value.dtype, target, "unsafe"):
         # ml_dtypes has no casts between some of its own; each of those dtypes is held exactly by the one between.
         value = value.astype(np.float32 if jax.dtypes.issubdtype(target, np.floating) else np.int32)
-    with jax.ensure_compile_time_eval():  # as in to_device
+    # At compile time as in to_device. What is out of range becomes infinite without a warning, as JAX has it.
+    with jax.ensure_compile_time_eval(), np.errstate(over="ignore", invalid="ignore"):
         return value.astype(target)
 
 
@@ -152,28 +189,6 @@ def _on_device(dtype: np.dtype[Any]) -> bool:
     except (TypeError, RuntimeError):
         return False
     return True
-
-
-def to_device(values: list[Any], specs: list[TensorSpec]) -> list[Any]:
-    """Puts host arrays on the default device, uncommitted; on CPU aligned read-only ones are used in place."""
-    real = [n for n, spec in enumerate(specs) if spec.kind.storage]
-    result: list[Any] = list(values)
-    with jax.ensure_compile_time_eval():  # arrays that are kept, even if a jit around the first call is being traced
-        placed = jax.device_put([values[n] for n in real])
-        for n, array in zip(real, placed, strict=True):
-            spec = specs[n]
-            if spec.kind.is_key and array.dtype == np.uint32:
-                array = jax.random.wrap_key_data(array, impl=spec.kind.impl)
-            elif spec.weak_type:
-                array = _weaken(array)
-            result[n] = array
-    return result
-
-
-def _weaken(array: jax.Array) -> jax.Array:
-    """A scalar as JAX holds a Python number of its value; public JAX has no way to weaken an array with dimensions."""
-    weak = jax.numpy.asarray(array.item()) if array.ndim == 0 else array
-    return weak if weak.dtype == array.dtype else array
 
 
 def nbytes(spec: TensorSpec) -> int:

@@ -5,22 +5,19 @@ A *held* array is what numpy holds for a leaf: its values, or for PRNG keys thei
 
 from __future__ import annotations
 
-import itertools
-import math
-import threading
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from obmlite import _arrays
+from obmlite import _arrays, _gather
+from obmlite import plan as planning
 from obmlite._arrays import Array
-from obmlite.errors import CorruptPackageError, context
-from obmlite.io import digest, safetensors
-from obmlite.io.source import ByteSource
-from obmlite.io.store import Store
-from obmlite.schema.records import FileRecord, Piece, WeightsRecord
+from obmlite._files import WeightsFile, WeightsFiles
+from obmlite.plan import Box, boxes
+from obmlite.schema.records import Piece
 from obmlite.specs import TensorSpec
 
 
@@ -30,13 +27,19 @@ class Tensor(Protocol):
     Attributes:
       key: equal for tied leaves.
       where: for people.
+      sharding: of an array on devices; None for one that is elsewhere.
     """
 
     key: Any
     where: str
+    sharding: Any
 
     def whole(self) -> Array:
         """The held array, read-only; without a copy where possible."""
+        ...
+
+    def read(self, box: Box) -> Array:
+        """A box of the held array, read-only."""
         ...
 
     def part(self, index: Any) -> Any:
@@ -82,10 +85,14 @@ class _MemoryTensor:
         self._leaf = leaf
         self._spec = spec
         self.key = key
+        self.sharding = leaf.sharding if isinstance(leaf, jax.Array) else None
 
     def whole(self) -> Array:
+        return self.read(boxes.whole(self._spec.shape))  # type: ignore[arg-type]
+
+    def read(self, box: Box) -> Array:
         _arrays.check_leaf(self._leaf)  # it may have been donated since
-        view = _arrays.to_host(self._leaf, self._spec).view()
+        view = _arrays.read_box(self._leaf, self._spec, box).view()
         view.flags.writeable = False
         return view
 
@@ -139,7 +146,7 @@ def _identity(leaf: Any, spec: TensorSpec, number: int) -> Any:
     if spec.kind.is_key or not _arrays.nbytes(spec):
         return id(leaf), "object"
     if isinstance(leaf, jax.Array):
-        if len(leaf.sharding.device_set) > 1:
+        if len(leaf.sharding.device_set) > 1 or not leaf.is_fully_addressable:
             return id(leaf), "object"
         return leaf.unsafe_buffer_pointer(), spec.shape, spec.kind, None
     if not isinstance(leaf, np.ndarray):  # its buffer may be made for each look at it, and then the next one's too
@@ -151,118 +158,10 @@ def _identity(leaf: Any, spec: TensorSpec, number: int) -> Any:
 # --- in a package
 
 
-class WeightsFile:
-    """A safetensors file, opened and compared with the manifest."""
-
-    def __init__(
-        self, source: ByteSource, record: FileRecord, pieces: Mapping[str, tuple[str, tuple[int, ...]]]
-    ) -> None:
-        """Opens it.
-
-        Args:
-          source: the file's bytes.
-          record: what the manifest says of the file.
-          pieces: what the manifest says of its tensors: name → (safetensors dtype, shape).
-
-        Raises:
-          CorruptPackageError: the file's length or header differ from the manifest.
-        """
-        if source.size != record.length:
-            raise CorruptPackageError(
-                "A weights file has another length than the manifest says.",
-                field="length",
-                expected=f"{record.path}: {record.length} bytes",
-                found=f"{source.size} bytes",
-            )
-        prefix = source.read(0, min(8, source.size))
-        raw = source.read(0, safetensors.header_size(prefix, source.size))
-        found = digest.sha256(raw)
-        if found != record.digest:
-            raise CorruptPackageError(
-                "A weights file's header was changed.",
-                field="header digest",
-                expected=f"{record.path}: {record.digest.hex()}",
-                found=found.hex(),
-            )
-        header = safetensors.parse_header(raw, source.size)
-        for name in sorted(pieces.keys() ^ header.entries.keys()):
-            raise CorruptPackageError(
-                "A weights file and the manifest name different tensors.",
-                leaf=name,
-                field="name",
-                found=f"only in {'the manifest' if name in pieces else record.path}",
-            )
-        for name, entry in header.entries.items():
-            if (entry.dtype, entry.shape) != pieces[name]:
-                raise CorruptPackageError(
-                    "A weights file and the manifest disagree about a tensor.",
-                    leaf=name,
-                    field="dtype" if entry.dtype != pieces[name][0] else "shape",
-                    expected=f"{pieces[name][0]}{list(pieces[name][1])}",
-                    found=f"{entry.dtype}{list(entry.shape)} in {record.path}",
-                )
-        self.source = source
-        self.header = header
-
-    def offset(self, name: str) -> int:
-        """Where a tensor's bytes begin in the file."""
-        return self.header.size + self.header.entries[name].start
-
-    def read(self, offset: int, nbytes: int) -> Array:
-        """Bytes of the file as a read-only uint8 array: a view of the map, or an aligned buffer that was read into."""
-        mapped = self.source.map()
-        if mapped is not None:
-            return np.frombuffer(mapped, np.uint8, nbytes, offset)
-        buffer = _arrays.aligned_empty((nbytes,), np.dtype(np.uint8))
-        if nbytes:
-            self.source.read_into(offset, buffer.data)
-        buffer.flags.writeable = False
-        return buffer
-
-
-class WeightsFiles:
-    """The weights files of one weights object; each is opened once, when first needed."""
-
-    def __init__(self, store: Store, records: Mapping[str, FileRecord], weights: WeightsRecord) -> None:
-        self._store = store
-        self._records = records
-        self._weights = weights
-        self._open: dict[str, WeightsFile] = {}
-        self._lock = threading.Lock()
-
-    @property
-    def weights(self) -> WeightsRecord:
-        """What the manifest says."""
-        return self._weights
-
-    def record(self, path: str) -> FileRecord:
-        """What the manifest says of a file."""
-        return self._records[path]
-
-    def __call__(self, path: str) -> WeightsFile:
-        file = self._open.get(path)
-        if file is None:
-            with self._lock:
-                file = self._open.get(path)
-                if file is None:
-                    with context(package=self._store.name, object=self._weights.name):
-                        file = WeightsFile(self._store.open(path), self._records[path], self._pieces(path))
-                    self._open[path] = file
-        return file
-
-    def _pieces(self, path: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-        weights = self._weights
-        return {
-            piece.name: (spec.kind.storage, spec.kind.storage_shape(piece.shape))
-            for leaf, pieces in zip(weights.tensor_leaf.tolist(), weights.pieces, strict=True)
-            for piece in pieces
-            if piece.file == path
-            for spec in (weights.specs[leaf],)
-        }
-
-
 class StoredTensor:
     """A tensor in safetensors files."""
+
+    sharding = None
 
     def __init__(self, spec: TensorSpec, pieces: Sequence[Piece], files: WeightsFiles, key: Any) -> None:
         self._spec = spec
@@ -277,19 +176,47 @@ class StoredTensor:
         flat = file.read(file.offset(piece.name), kind.storage_nbytes(piece.shape))
         return flat.view(kind.storage_numpy).reshape(kind.storage_shape(piece.shape))
 
-    def _held(self, piece: Piece) -> Array:
-        return self._spec.kind.from_storage(self.storage(piece), piece.shape)
+    @property
+    def boxes(self) -> tuple[Box, ...]:
+        """The boxes that it is stored in."""
+        return tuple([_box(piece.begin, piece.shape) for piece in self._pieces])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is stored in one piece."""
+        return len(self._pieces) == 1
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the file of its first piece is mapped."""
+        return self._files(self._pieces[0].file).source.map() is not None
+
+    def place(self, piece: int) -> tuple[WeightsFile, int]:
+        """The file that a piece is in, opened, and bytes from its beginning to the piece."""
+        stored = self._pieces[piece]
+        file = self._files(stored.file)
+        return file, file.offset(stored.name)
+
+    def read(self, box: Box) -> Array:
+        """A box of it as a held array, read-only; only what overlaps it is read, and nothing where it can be mapped.
+
+        Args:
+          box: ``((start, stop), …)`` for each dimension.
+        """
+        kind = self._spec.kind
+        shape: tuple[int, ...] = self._spec.shape  # type: ignore[assignment]
+        [tensor] = planning.plan([planning.Request(shape, kind.bits, self.boxes, (box,))]).tensors
+        run = tensor.buffers[0].run
+        if run is not None:
+            file, base = self.place(run[0])
+            held = _gather.mapped(file, kind, base + run[1], boxes.shape_of(box))
+            if held is not None:
+                return held
+        [held] = _gather.fill(tensor, kind, [self.place(n) for n in range(len(self._pieces))])
+        return held
 
     def whole(self) -> Array:
-        if len(self._pieces) == 1:
-            return self._held(self._pieces[0])
-        parts = [self._held(piece) for piece in self._pieces]
-        shape: tuple[int, ...] = self._spec.shape  # type: ignore[assignment]
-        held = _arrays.aligned_empty(shape + parts[0].shape[len(shape) :], parts[0].dtype)
-        for piece, part in zip(self._pieces, parts, strict=True):
-            held[tuple(slice(b, b + e) for b, e in zip(piece.begin, piece.shape, strict=True))] = part
-        held.flags.writeable = False
-        return held
+        return self.read(boxes.whole(self._spec.shape))  # type: ignore[arg-type]
 
     for_device = whole
 
@@ -298,35 +225,16 @@ class StoredTensor:
         return isinstance(other, StoredTensor) and self._files is other._files and self.key == other.key
 
     def part(self, index: Any) -> Any:
-        kind = self._spec.kind
         axes = _basic(index, len(self._spec.shape))
-        piece = self._pieces[0]
-        file = self._files(piece.file)
-        if axes is None or len(self._pieces) > 1 or (kind.is_direct and file.source.map() is not None):
+        if axes is None:
             return self.whole()[index]
-        shape = piece.shape
-        ranges, after = _ranges(axes, shape)
-        bits, tail = kind.bits, kind.key_data_shape if kind.is_key else ()
-        starts, run, block = _runs(ranges, shape)
-        base = file.offset(piece.name)
-        rows = []
-        for start in starts:
-            if kind.is_packed:
-                first, last = kind.packed_range(start, run)
-                rows.append(kind.unpack(file.read(base + first, last - first), start, run))
-            else:
-                nbytes = run * bits // 8
-                rows.append(file.read(base + start * (bits // 8), nbytes))
-        if kind.is_packed:
-            held = np.concatenate(rows) if rows else np.empty(0, kind.numpy)
-        else:
-            held = (np.concatenate(rows) if rows else np.empty(0, np.uint8)).view(
-                np.uint32 if kind.is_key else kind.numpy
-            )
-        result = held.reshape(block + tail)[after]
-        if isinstance(result, np.ndarray):
-            result.flags.writeable = False
-        return result
+        box, after = _covering(axes, self._spec.shape)  # type: ignore[arg-type]
+        if index is Ellipsis or (isinstance(index, tuple) and Ellipsis in index):
+            after = (*after, ...)  # numpy then gives an array and no scalar
+        return self.read(box)[after]
+
+
+_box = functools.lru_cache(maxsize=4096)(boxes.of_piece)  # most tensors are whole, and of few shapes
 
 
 def _basic(index: Any, rank: int) -> list[Any] | None:
@@ -345,40 +253,23 @@ def _basic(index: Any, rank: int) -> list[Any] | None:
     return [*items[:at], *[slice(None)] * missing, *items[at + 1 :]]
 
 
-def _ranges(axes: Sequence[Any], shape: Sequence[int]) -> tuple[list[range], tuple[Any, ...]]:
-    """For each dimension the indices wanted, in order, and the index that a block of just those still needs."""
-    ranges, after = [], []
+def _covering(axes: Sequence[Any], shape: Sequence[int]) -> tuple[Box, tuple[Any, ...]]:
+    """The box that an index lies in, and the index in it."""
+    box: list[tuple[int, int]] = []
+    after: list[Any] = []
     for axis, (item, size) in enumerate(zip(axes, shape, strict=True)):
-        if isinstance(item, slice):
-            ranges.append(range(*item.indices(size)))
-            after.append(slice(None))
+        if not isinstance(item, slice):
+            at = int(item)
+            if not -size <= at < size:
+                raise IndexError(f"index {at} is out of bounds for axis {axis} with size {size}")
+            box.append((at % size, at % size + 1))
+            after.append(0)
             continue
-        at = int(item)
-        if not -size <= at < size:
-            raise IndexError(f"index {at} is out of bounds for axis {axis} with size {size}")
-        ranges.append(range(at % size, at % size + 1))
-        after.append(0)  # type: ignore[arg-type]
-    return ranges, tuple(after)
-
-
-def _runs(ranges: Sequence[range], shape: Sequence[int]) -> tuple[list[int], int, tuple[int, ...]]:
-    """(first element of each run, elements in a run, shape of the block that the runs make up)."""
-    block = tuple(map(len, ranges))
-    if math.prod(block) == 0:
-        return [], 0, block
-    strides = [math.prod(shape[n + 1 :]) for n in range(len(shape))]
-    # Behind the last dimension that is not taken whole, elements are contiguous; that one is too if its step is 1.
-    inner = len(shape)
-    while inner and ranges[inner - 1] == range(shape[inner - 1]):
-        inner -= 1
-    run = math.prod(shape[inner:])
-    begin = 0
-    if inner and ranges[inner - 1].step == 1:
-        inner -= 1
-        run *= len(ranges[inner])
-        begin = ranges[inner].start * strides[inner]
-    outer = ([i * strides[n] for i in ranges[n]] for n in range(inner))
-    return [begin + sum(offsets) for offsets in itertools.product(*outer)], run, block
+        wanted = range(*item.indices(size))
+        first, last = (min(wanted[0], wanted[-1]), max(wanted[0], wanted[-1])) if wanted else (0, -1)
+        box.append((first, last + 1))
+        after.append(slice(None, None, wanted.step) if wanted else slice(None))
+    return tuple(box), tuple(after)
 
 
 class StoredSource:
@@ -419,6 +310,7 @@ class _Nothing:
     """A float0 leaf, which has a shape and no bits."""
 
     where = "nowhere: it has no bits"
+    sharding = None
 
     def __init__(self, spec: TensorSpec, key: Any) -> None:
         self._spec = spec

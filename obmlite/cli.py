@@ -1,4 +1,4 @@
-"""The command line: ``obmlite show`` and ``obmlite verify``."""
+"""The command line: ``obmlite show``, ``plan``, ``consolidate`` and ``verify``."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tqdm
 
-from obmlite import listing
+from obmlite import listing, planning
 from obmlite._version import __version__
-from obmlite.errors import ObmliteError
+from obmlite.consolidate import consolidate
+from obmlite.errors import ArgumentError, ObmliteError
+from obmlite.plan.topology import Topology, parse_axes
 from obmlite.verify import verify
 from obmlite.weights import size
 
@@ -58,6 +60,58 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--all", action="store_true", help="show every leaf")
     show.set_defaults(run=_show)
 
+    plan = commands.add_parser("plan", help="say what each host would read to restore weights; reads only the manifest")
+    plan.add_argument("path", metavar="PATH", help="the package")
+    plan.add_argument(
+        "--mesh",
+        type=_parsed(parse_axes),
+        required=True,
+        metavar="AXIS=SIZE,…",
+        help="the mesh, such as data=4,model=8",
+    )
+    plan.add_argument(
+        "--hosts",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="hosts, which have contiguous blocks of devices (default 1)",
+    )
+    plan.add_argument("--weights", metavar="NAME", help="only these weights")
+    plan.add_argument(
+        "--rules",
+        type=_parsed(planning.parse_rules),
+        metavar="NAME=AXIS,…",
+        help="mesh axes (AXIS, AXIS+AXIS or None) of logical axes, and of saved mesh axes that the mesh lacks",
+    )
+    plan.add_argument(
+        "--partition",
+        type=_parsed(planning.parse_partition),
+        action="append",
+        default=[],
+        metavar="GLOB=AXIS,…",
+        help="split leaves whose names match so, not as saved; may be given again: the last that matches counts",
+    )
+    plan.add_argument(
+        "--bandwidth",
+        type=_positive,
+        action="append",
+        metavar="GIB",
+        help="GiB per second that each host reads (default 1); may be given again",
+    )
+    plan.add_argument(
+        "--broadcast", action="store_true", help="as if hosts that need the same bytes shared out the reading"
+    )
+    plan.add_argument("--json", action="store_true", help="as JSON")
+    plan.set_defaults(run=_plan)
+
+    whole = commands.add_parser("consolidate", help="copy a package, with tensors whole that lie in pieces")
+    whole.add_argument("path", metavar="PATH", help="the package")
+    whole.add_argument("out", metavar="OUT", help="the new one, which is not there yet")
+    whole.add_argument(
+        "--max-file-bytes", type=_count, metavar="N", help="bytes of tensors in one weights file (default 5 GB)"
+    )
+    whole.set_defaults(run=_consolidate)
+
     check = commands.add_parser("verify", help="read all of a package and compare it with its digests")
     check.add_argument("path", metavar="PATH", help="the package")
     check.add_argument("--json", action="store_true", help="as JSON")
@@ -70,6 +124,25 @@ def _count(text: str) -> int:
     if count < 0:
         raise argparse.ArgumentTypeError("must not be negative")
     return count
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError("must be positive")
+    return number
+
+
+def _parsed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser of ours as argparse wants one."""
+
+    def parsed(text: str) -> Any:
+        try:
+            return parse(text)
+        except ArgumentError as error:
+            raise argparse.ArgumentTypeError(f"{error.problem} Expected: {error.expected}.") from error
+
+    return parsed
 
 
 def _show(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -97,6 +170,33 @@ def _plain(value: Any) -> Any:
 def _printable(line: str) -> str:
     """Names come from the package: what would move a terminal's cursor is shown instead."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+def _plan(options: argparse.Namespace, _: argparse.ArgumentParser) -> int:
+    topology = Topology(options.mesh, options.hosts)
+    found = planning.package_traffic(
+        options.path,
+        topology,
+        weights=options.weights,
+        rules=options.rules,
+        partitions=dict(options.partition),
+        broadcast=options.broadcast,
+    )
+    if not found:
+        print(f"{options.path} has no weights")
+        return GOOD
+    listed = planning.listing(found, topology, [number * planning.GIB for number in options.bandwidth or [1.0]])
+    if options.json:
+        print(json.dumps(listed, indent=2, ensure_ascii=False))
+        return GOOD
+    for line in planning.text(listed):
+        print(_printable(line))
+    return GOOD
+
+
+def _consolidate(options: argparse.Namespace, _: argparse.ArgumentParser) -> int:
+    consolidate(options.path, options.out, max_file_bytes=options.max_file_bytes)
+    return GOOD
 
 
 def _verify(options: argparse.Namespace, _: argparse.ArgumentParser) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 __all__ = [
     "ArgumentError",
+    "CoordinationError",
     "CorruptPackageError",
     "ExportError",
     "LeafError",
@@ -130,6 +131,10 @@ class UnknownNameError(ObmliteError, KeyError):
 
 class PlatformError(ObmliteError, RuntimeError):
     """The function was not exported for the platform that it would run on."""
+
+
+class CoordinationError(ObmliteError, RuntimeError):
+    """The processes of a program disagree about what they do together, or one of them failed or did not answer."""
 
 
 @contextlib.contextmanager

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 
 from obmlite import _engine
+from obmlite._files import WeightsFiles
 from obmlite._names import Names
-from obmlite._tensors import StoredSource, WeightsFiles
+from obmlite._tensors import StoredSource
 from obmlite.errors import (
     ArgumentError,
     CorruptPackageError,
@@ -37,7 +38,7 @@ __all__ = ["load"]
 def load(
     path: str | os.PathLike[str],
     *,
-    mmap: bool = True,
+    mmap: bool | None = None,
     engine: str = "auto",
     allow_custom_calls: Collection[str] = (),
     mesh: jax.sharding.Mesh | None = None,
@@ -46,7 +47,9 @@ def load(
 
     Args:
       path: the package's directory.
-      mmap: whether weights may be mapped; off where the file system is unsafe or slow to map, as over a network.
+      mmap: whether weights are mapped, so that nothing of them is read before it is used, or read piece by piece. Left
+        out, they are mapped unless they lie on a network or FUSE file system, where a fault in a mapped page is slow,
+        and one that fails kills the process.
       engine: how functions are read: ``"export"`` by ``jax.export``, ``"rebuild"`` from what the manifest says,
         ``"auto"`` by the first of these that this JAX accepts.
       allow_custom_calls: targets of custom calls that functions may make beyond those that JAX promises to keep.

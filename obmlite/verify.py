@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 import safetensors
 
-from obmlite._saving import index_path
-from obmlite._tensors import StoredTensor, WeightsFiles
+from obmlite._files import WeightsFiles
+from obmlite._packaging import index_path
+from obmlite._tensors import StoredTensor
 from obmlite.errors import CorruptPackageError, ObmliteError, context
 from obmlite.io import digest
 from obmlite.io.commit import MANIFEST

@@ -6,22 +6,27 @@ and dtypes come from the manifest, values from a memory map (or positioned reads
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import jax
 import numpy as np
 
 from obmlite import _arrays, dtypes
 from obmlite import tree as trees
 from obmlite.errors import ArgumentError, RestoreError, UnknownNameError, context
+from obmlite.frameworks.axes import logical_axes
 from obmlite.specs import TensorSpec
 from obmlite.tree import Key, Kind, Tree
 
 if TYPE_CHECKING:
     from obmlite._tensors import Tensor, TensorSource
+    from obmlite.placement import Rules
 
 __all__ = ["LazyArray", "Weights"]
 
@@ -39,12 +44,13 @@ class LazyArray:
     Attributes:
       name: its path in the weights, joined by ``.``.
       spec: shape, dtype and placement hints.
+      tensor: where its values are.
     """
 
     def __init__(self, name: str, spec: TensorSpec, tensor: Tensor) -> None:
         self.name = name
         self.spec = spec
-        self._tensor = tensor
+        self.tensor = tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -78,30 +84,38 @@ class LazyArray:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         with context(leaf=self.name):
-            return np.array(self._tensor.whole(), dtype=dtype, copy=copy)
+            return np.array(self.tensor.whole(), dtype=dtype, copy=copy)
 
     def __getitem__(self, index: Any) -> Any:
         """The values at an index, as numpy has it; of a file only what a basic index covers is read."""
         with context(leaf=self.name):
-            return self._tensor.part(index)
+            return self.tensor.part(index)
 
     def same_array(self, other: LazyArray) -> bool:
         """Whether two leaves in memory are one array, or equal numbers; of what is stored nothing is read."""
-        return self.spec == other.spec and self._tensor.same(other._tensor)
+        return self.spec == other.spec and self.tensor.same(other.tensor)
 
-    def restore(self, *, dtype: Any = None) -> Any:
-        """The leaf as a ``jax.Array`` on the default device, uncommitted.
+    def restore(self, *, sharding: Any = None, dtype: Any = None) -> Any:
+        """The leaf as a ``jax.Array``.
 
         Args:
+          sharding: a ``jax.sharding.Sharding`` or device; the default device, uncommitted, if not given.
           dtype: dtype to cast to, if of the same family (float, integer, complex).
 
         Raises:
-          RestoreError: it has 64-bit numbers and JAX does not hold them, or ``dtype`` is of another family.
+          RestoreError: it has 64-bit numbers and JAX does not hold them, ``dtype`` is of another family, or
+            ``sharding`` does not divide its shape.
         """
-        return _restore([self], dtype)[0]
+        from obmlite.placement import shardings_of
+        from obmlite.restoring import Limits, Target, restore
+
+        _, tree = trees.flatten(0)
+        [place] = shardings_of(tree, [self.name], [self.spec], shardings=sharding)
+        [array] = restore([self], [Target(place, _casts([self], dtype)[0])], Limits())
+        return array
 
     def __repr__(self) -> str:
-        return f"LazyArray({self.name!r}, {self.spec}, {self._tensor.where})"
+        return f"LazyArray({self.name!r}, {self.spec}, {self.tensor.where})"
 
 
 class Weights(Mapping[Key, Any]):
@@ -128,6 +142,9 @@ class Weights(Mapping[Key, Any]):
         for leaf, name in zip(leaves, tree.names, strict=True):
             with context(leaf=name):
                 specs.append(_arrays.check_leaf(leaf))
+        for number, axes in logical_axes(tree).items():
+            if len(axes.entries) <= specs[number].ndim:
+                specs[number] = dataclasses.replace(specs[number], logical_axes=axes)
         trees.pack_static(dict(metadata or {}))
         self._set(tree, tuple(specs), MemorySource(leaves, specs), dict(metadata or {}))
 
@@ -262,41 +279,134 @@ class Weights(Mapping[Key, Any]):
 
     # --- restoring
 
-    def restore_leaves(self, *, dtype: DTypeChoice = None) -> list[Any]:
-        """:meth:`restore` without the containers: the leaves in the pytree's order."""
-        return _restore([self.leaf(n) for n in range(len(self._specs))], dtype)
+    def restore_leaves(self, **options: Any) -> list[Any]:
+        """:meth:`restore` without the containers: all leaves in the pytree's order."""
+        arrays = self._restored_leaves(**options)
+        return [arrays[number] for number in range(len(self._specs))]
 
-    def restored(self, *, dtype: DTypeChoice = None) -> Weights:
+    def restored(self, **options: Any) -> Weights:
         """These weights, in memory: :meth:`restore` in the form of weights."""
         from obmlite._tensors import MemorySource
 
-        leaves = self.restore_leaves(dtype=dtype)
+        leaves = self.restore_leaves(**options)
         specs = [
             dataclasses.replace(spec, kind=dtypes.of(leaf)) for spec, leaf in zip(self._specs, leaves, strict=True)
         ]
         return Weights.from_source(self._tree, specs, MemorySource(leaves, specs), self.metadata, self._prefix)
 
-    def restore(self, *, select: str | Sequence[str] | None = None, dtype: DTypeChoice = None) -> Any:
-        """The pytree, in its own containers, of ``jax.Array`` on the default device, uncommitted.
+    def restore(
+        self,
+        *,
+        shardings: Any = None,
+        mesh: jax.sharding.Mesh | None = None,
+        rules: Rules | None = None,
+        select: str | Sequence[str] | None = None,
+        like: Any = None,
+        dtype: DTypeChoice = None,
+        memory_budget: int | None = None,
+        threads: int | None = None,
+        progress: bool | Callable[[int], Any] | None = None,
+        broadcast: bool = False,
+        timeout: float | None = None,
+    ) -> Any:
+        """The pytree, in its own containers, of ``jax.Array``.
 
-        On CPU, arrays whose bytes are aligned in the file are used in place: they cost neither time nor memory until
-        they are read. Tied leaves are one array.
+        This process reads the bytes that its own devices need, each once, and nothing else; under ``jax.distributed``
+        the other processes read theirs, and nothing is exchanged, unless ``broadcast`` asks for it. Without any
+        argument, arrays are on the default device, uncommitted. On CPU, arrays and shards whose bytes lie in a row and
+        aligned in a mapped file are used in place: they cost neither time nor memory until they are read. Tied leaves
+        are one array.
 
         Args:
+          shardings: a ``jax.sharding.Sharding`` or device for all leaves; a pytree prefix of them; or a function from a
+            leaf's name and spec to one, or to None for the default device.
+          mesh: a mesh that the leaves are split over as their saved partition specs say, or as ``rules`` map their
+            logical axes. Leaves without either are held whole by every device.
+          rules: from names of logical axes, and of saved mesh axes that ``mesh`` lacks, to axes of ``mesh`` (a name, a
+            tuple of names, or None for not split); a mapping, or pairs as Flax has them.
           select: names of leaves or subtrees, or glob patterns over names, to restore only those. What is not
             selected is left out of dicts, and is None in sequences and other containers.
+          like: a pytree of ``jax.ShapeDtypeStruct`` or arrays with the names and shapes of these weights. The result
+            has its containers, and its dtypes and shardings where it says any.
           dtype: a dtype to cast leaves of the same family (float, integer, complex) to; or a function from a leaf's
-            name and spec to one, or to None for no change.
+            name and spec to one, or to None for no change. Cast chunk by chunk, never a whole array.
+          memory_budget: bytes of host memory in flight, beside the arrays that are made in host memory; 1 GiB if not
+            given. An accelerator's shard that is larger is nevertheless held whole while it is sent.
+          threads: that read and copy; if not given, one for each core, but not more than 8.
+          progress: whether to show a progress bar; left out, only on a terminal. Or a function that is told the stored
+            bytes of what is there, from several threads.
+          broadcast: whether what several processes hold is read once by them together, a part by each, and spread from
+            device to device. Then all processes have to call this, with the same arguments: it is a collective. Each
+            distinct shape compiles a small program.
+          timeout: seconds for which a process then waits, at each step, for the slowest of the others; by default 300.
 
         Raises:
-          RestoreError: a leaf has 64-bit numbers and JAX does not hold them, or ``select`` matches nothing.
+          CoordinationError: with ``broadcast``, processes do not restore the same, or one failed or did not answer.
+          RestoreError: leaves do not fit where they are to go, or ``like``: all of them are listed. A leaf has 64-bit
+            numbers and JAX does not hold them. ``select`` matches nothing.
+          ArgumentError: an argument is of a wrong kind.
           CorruptPackageError: a file is not what the manifest says.
         """
+        if like is not None and select is not None:
+            raise ArgumentError(
+                "select= and like= both say what to restore.", field="like", fix="give the template's own leaves only"
+            )
+        options: dict[str, Any] = {"dtype": dtype, "memory_budget": memory_budget, "threads": threads}
+        options.update(shardings=shardings, mesh=mesh, rules=rules, progress=progress)
+        options.update(broadcast=broadcast, timeout=timeout)
+        if like is not None:
+            from obmlite.placement import match_like
+
+            matched = match_like(self._tree, self.names, self._specs, like, mesh)
+            placed = dict(zip(matched.leaves, matched.targets, strict=True))
+            arrays = self._restored_leaves(placed=placed, **options)
+            return matched.build([arrays[number] for number in matched.leaves])
         if select is None:
-            return self._tree.unflatten(self.restore_leaves(dtype=dtype))
+            return self._tree.unflatten(self.restore_leaves(**options))
         chosen = _select(self.names, [select] if isinstance(select, str) else select)
-        arrays = _restore([self.leaf(n) for n in chosen], dtype)
-        return self._tree.unflatten_some(dict(zip(chosen, arrays, strict=True)))
+        return self._tree.unflatten_some(self._restored_leaves(chosen, **options))
+
+    def _restored_leaves(
+        self,
+        chosen: Sequence[int] | None = None,
+        *,
+        placed: Mapping[int, tuple[Any, Any]] | None = None,
+        shardings: Any = None,
+        mesh: Any = None,
+        rules: Any = None,
+        dtype: DTypeChoice = None,
+        memory_budget: int | None = None,
+        threads: int | None = None,
+        progress: bool | Callable[[int], Any] | None = None,
+        broadcast: bool = False,
+        timeout: float | None = None,
+    ) -> dict[int, Any]:
+        """Leaf's number → array; ``placed`` has what a template says of each: dtype and sharding."""
+        from obmlite.placement import shardings_of
+        from obmlite.restoring import Limits, Target, restore
+
+        limits = Limits.of(memory_budget, threads)
+        numbers = range(len(self._specs)) if chosen is None else chosen
+        leaves = [self.leaf(n) for n in numbers]
+        if shardings is None and mesh is None and rules is None:
+            places: list[Any] = [None] * len(leaves)
+        else:
+            asked = {"shardings": shardings, "mesh": mesh, "rules": rules}
+            places = shardings_of(self._tree, self.names, self._specs, chosen=numbers, **asked)
+        dtypes_ = _casts(leaves, dtype)
+        if placed is not None:
+            places = [placed[n][1] or place for n, place in zip(numbers, places, strict=True)]
+            ours = [_arrays.cast_to(leaf.spec, placed[n][0]) for n, leaf in zip(numbers, leaves, strict=True)]
+            dtypes_ = [a if a is not None else b for a, b in zip(dtypes_, ours, strict=True)]
+        targets = [Target(place, cast) for place, cast in zip(places, dtypes_, strict=True)]
+        with _bar(progress, leaves) as tell:
+            if broadcast:
+                from obmlite import _broadcasting
+
+                arrays = _broadcasting.restore(leaves, targets, limits, tell, timeout)
+            else:
+                arrays = restore(leaves, targets, limits, tell)
+        return dict(zip(numbers, arrays, strict=True))
 
 
 def _some(keys: Sequence[Any]) -> str:
@@ -318,10 +428,17 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
 
 
-def _restore(leaves: Sequence[LazyArray], dtype: DTypeChoice) -> list[Any]:
-    each = callable(dtype) and not isinstance(dtype, type)
-    choose = dtype if each else lambda _name, _spec: dtype
-    if dtype is not None and not each and leaves and not any(_arrays.same_family(leaf.spec, dtype) for leaf in leaves):
+def _casts(leaves: Sequence[LazyArray], dtype: DTypeChoice) -> list[np.dtype[Any] | None]:
+    """What each leaf is cast to.
+
+    Raises:
+      RestoreError: there is no such dtype, or no leaf is of its family.
+    """
+    if dtype is None:
+        return [None] * len(leaves)
+    if callable(dtype) and not isinstance(dtype, type):
+        return [_arrays.cast_to(leaf.spec, dtype(leaf.name, leaf.spec)) for leaf in leaves]
+    if leaves and not any(_arrays.same_family(leaf.spec, dtype) for leaf in leaves):
         raise RestoreError(
             "No leaf is of the family (float, integer, complex) of this dtype.",
             leaf=leaves[0].name if len(leaves) == 1 else None,
@@ -330,26 +447,23 @@ def _restore(leaves: Sequence[LazyArray], dtype: DTypeChoice) -> list[Any]:
             found=str(dtype),
             fix="restore as it is, and convert the values with .astype()",
         )
-    numbers: dict[Any, int] = {}
-    values: list[Array] = []
-    specs: list[TensorSpec] = []
-    places = []
-    for leaf in leaves:
-        target = _arrays.cast_to(leaf.spec, choose(leaf.name, leaf.spec))
-        _arrays.check_x64(leaf.spec, leaf.name, target)
-        # Tied leaves that are wanted alike are one array.
-        key = (leaf._tensor.key, str(target), leaf.spec.weak_type)
-        if key not in numbers:
-            numbers[key] = len(values)
-            with context(leaf=leaf.name):
-                value = leaf._tensor.for_device()
-            if target is not None:
-                value = _arrays.cast(value, target)
-            values.append(value)
-            specs.append(leaf.spec)
-        places.append(numbers[key])
-    arrays = _arrays.to_device(values, specs)
-    return [arrays[place] for place in places]
+    return [_arrays.cast_to(leaf.spec, dtype) for leaf in leaves]
+
+
+@contextlib.contextmanager
+def _bar(progress: bool | Callable[[int], Any] | None, leaves: Sequence[LazyArray]) -> Iterator[Callable[[int], Any]]:
+    """What is to be told of bytes that are there."""
+    if callable(progress):
+        yield progress
+        return
+    if progress is False or (progress is None and not sys.stderr.isatty()):
+        yield lambda _: None
+        return
+    import tqdm
+
+    total = sum(leaf.nbytes for leaf in leaves)
+    with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc="restoring", delay=0 if progress else 1) as bar:
+        yield bar.update
 
 
 def _select(names: Sequence[str], patterns: Sequence[str]) -> list[int]:

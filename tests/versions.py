@@ -9,6 +9,7 @@ main       the one that this script runs in      all
 oldest     ``.cache/venvs/jax-<version>``        those that depend on JAX; the version is pyproject.toml's lower bound
 newest     ``.cache/venvs/jax-newest``           the same, where the main Python is older than 3.12 and a newer one is
                                                  found: ``PYTHON312``, ``python3.12`` and later on PATH, or pyenv's
+objax      ``.cache/venvs/objax``                those of Objax, which needs the oldest JAX
 =========  ====================================  ===================================================================
 
 Environments are made once, by plain pip, and made again when pyproject.toml changes. A run that should have been and
@@ -38,6 +39,7 @@ NEWER = (3, 12)
 
 # What no other version of JAX changes; the rest runs on each. A new file of tests belongs here only with a reason.
 INDEPENDENT = {
+    "tests/frameworks": "frameworks, which need a JAX of their own time",
     "tests/io": "bytes and files; nothing of JAX",
     "tests/schema": "the manifest's encoding; nothing of JAX",
     "tests/test_benchmarks.py": "the benchmarks' report",
@@ -47,6 +49,7 @@ INDEPENDENT = {
     "tests/test_flushing.py": "the disk",
     "tests/test_independent_reader.py": "a reader without JAX",
     "tests/test_readme.py": "the README's text",
+    "tests/test_scaling.py": "the figures of docs/scaling.md, from shapes alone",
     "tests/test_verify.py": "digests",
 }
 
@@ -60,12 +63,16 @@ class Run:
       python: of its environment.
       requirement: what pip is asked for; None for the main environment, which is there.
       base: Python that the environment is made with.
+      extras: of obmlite's, that it gets.
+      tests: that run in it; None for all that depend on JAX.
     """
 
     name: str
     python: pathlib.Path
     requirement: str | None = None
     base: str = sys.executable
+    extras: str = "test"
+    tests: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass
@@ -129,6 +136,13 @@ def runs() -> tuple[list[Run], str]:
     found = [
         Run("main", pathlib.Path(sys.executable)),
         Run("oldest", environment(f"jax-{wanted}"), f"jax=={wanted} jaxlib=={wanted}"),
+        Run(
+            "objax",
+            environment("objax"),
+            f"jax=={wanted} jaxlib=={wanted}",
+            extras="test,objax",
+            tests=("tests/frameworks/test_objax.py", "tests/frameworks/test_examples.py"),
+        ),
     ]
     if sys.version_info[:2] >= NEWER:
         return found, ""  # main has the newest JAX
@@ -156,7 +170,7 @@ def prepare(run: Run) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([run.base, "-m", "venv", str(folder)], check=True)
     pip = [str(run.python), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
-    subprocess.run([*pip, "--editable", ".[test]", *run.requirement.split()], cwd=ROOT, check=True)
+    subprocess.run([*pip, "--editable", f".[{run.extras}]", *run.requirement.split()], cwd=ROOT, check=True)
     stamp.write_text(state.hexdigest(), encoding="utf-8")
 
 
@@ -181,9 +195,9 @@ def test(result: Result, extra: list[str]) -> None:
     report = CACHE / "results" / f"{run.name}.xml"
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
-    some = [] if run.requirement is None else [f"--ignore={path}" for path in INDEPENDENT]
+    some = [] if run.requirement is None or run.tests else [f"--ignore={path}" for path in INDEPENDENT]
     command = [str(run.python), "-m", "pytest", "-n", "2", "--dist", "loadfile", f"--junitxml={report}"]
-    done = subprocess.run([*command, *some, *(extra or ["tests"])], cwd=ROOT, check=False)
+    done = subprocess.run([*command, *some, *(extra or run.tests or ["tests"])], cwd=ROOT, check=False)
     if not report.exists():
         result.outcome = f"pytest did not finish (exit status {done.returncode})"
         return
@@ -206,10 +220,16 @@ def golden(result: Result, extra: list[str]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("what", choices=["test", "golden"])
-    parser.add_argument("--only", action="append", choices=["main", "oldest", "newest"], help="some of the runs")
+    parser.add_argument(
+        "--only", action="append", choices=["main", "oldest", "objax", "newest"], help="some of the runs"
+    )
     parser.add_argument("extra", nargs="*", help="for pytest, or for make.py")
     options = parser.parse_args()
     chosen, why = runs()
+    if (
+        options.what == "golden" or options.extra
+    ):  # of which that environment has nothing of its own, unless it is named
+        chosen = [run for run in chosen if run.tests is None or run.name in (options.only or ())]
     chosen = [run for run in chosen if not options.only or run.name in options.only]
     results = [Result(run) for run in chosen]
     before: tuple[int, ...] = ()
@@ -225,7 +245,7 @@ def main() -> int:
                 result.outcome = f"did not run: its environment could not be made: {error}"
                 continue
             result.versions = f"jax {found['jax']}, jaxlib {found['jaxlib']}, Python {found['python']}"
-            if result.run.name == "oldest" and found["jax"] != oldest():
+            if result.run.name in ("oldest", "objax") and found["jax"] != oldest():
                 result.outcome = f"did not run: the environment has jax {found['jax']}"
                 continue
             if result.run.name == "newest" and number(found["jax"]) < before:

@@ -20,6 +20,10 @@ __all__ = ["ByteSource", "LocalFile"]
 # One system call moves at most 2 GiB - 4 KiB on Linux, and macOS refuses more than INT_MAX.
 _MOST = 1 << 30
 
+_PAGE = _mmap.PAGESIZE
+# Linux reads at most this much ahead when advised to, unless the disk's setting was raised.
+_AHEAD = 128 << 10
+
 
 class ByteSource(Protocol):
     """One file of a package, opened once; every method may be called from several threads.
@@ -61,6 +65,14 @@ class ByteSource(Protocol):
         """
         ...
 
+    def prefetch(self, offset: int, length: int) -> None:
+        """Has a range read into the page cache at once, before the map is touched there; a hint, for mapped files."""
+        ...
+
+    def drop(self, offset: int, length: int) -> None:
+        """Takes a range of the map out of this process' memory; what is touched again is read again."""
+        ...
+
     def close(self) -> None:
         """Gives the handle back; may be called again, but not while another thread reads."""
         ...
@@ -90,6 +102,7 @@ class LocalFile:
         self._descriptor = descriptor
         self._mmap = mmap
         self._view: memoryview | None = None
+        self._mapping: _mmap.mmap | None = None
         self._lock = threading.Lock()
         self._closer = weakref.finalize(self, os.close, descriptor)
 
@@ -165,8 +178,25 @@ class LocalFile:
             if self._view is None:
                 if os.fstat(self._descriptor).st_size < self._size:
                     raise self._shrunk()
-                self._view = memoryview(_map(self._descriptor, self._size))
+                self._mapping = _map(self._descriptor, self._size)
+                self._view = memoryview(self._mapping)
             return self._view
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """Has a range read into the page cache at once, and nothing around it, as touching the map would."""
+        mapping, end = self._mapping, offset + length
+        if mapping is None:
+            return
+        offset -= offset % _PAGE
+        for start in range(offset, end, _AHEAD):  # the kernel cuts off what is asked for beyond that
+            mapping.madvise(_mmap.MADV_WILLNEED, start, min(_AHEAD, end - start))
+
+    def drop(self, offset: int, length: int) -> None:
+        """Takes the pages of a range out of this process' memory; they stay in the page cache."""
+        if self._mapping is None or not length:
+            return
+        start = offset - offset % _PAGE
+        self._mapping.madvise(_mmap.MADV_DONTNEED, start, offset + length - start)
 
     def close(self) -> None:
         """Closes the descriptor; views that were handed out stay valid. May be called again.
@@ -175,7 +205,7 @@ class LocalFile:
         """
         with self._lock:
             # Only our reference goes: arrays may still lie in the mapping, which ends with the last of them.
-            self._view = None
+            self._view = self._mapping = None
             self._closer()
 
     def _check(self, offset: int, length: int) -> None:

@@ -15,6 +15,7 @@ import weakref
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from obmlite.errors import MissingFileError, PackageNotFoundError, UnsafePathError
+from obmlite.io.filesystem import is_remote
 from obmlite.io.source import LocalFile
 
 if TYPE_CHECKING:
@@ -121,19 +122,18 @@ class LocalDirectory:
     What was opened stays the same directory, even if its path is renamed or given to another one.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, mmap: bool | None = None) -> None:
         """Opens the directory; symbolic links on the way to it are followed, in it they are not.
 
         Args:
           path: the package's path.
-          mmap: whether its files may be mapped; off where the file system is slow or unsafe to map.
+          mmap: whether its files may be mapped; left out, unless they lie on a network or FUSE file system.
 
         Raises:
           PackageNotFoundError: there is nothing at the path, or something that is no directory.
           OSError: the directory cannot be opened for another reason.
         """
         self.name = os.fspath(path)
-        self._mmap = mmap
         try:
             self._descriptor = os.open(self.name, _FOLDER)
         except OSError as error:
@@ -145,6 +145,7 @@ class LocalDirectory:
                 ) from error
             raise
         self._closer = weakref.finalize(self, os.close, self._descriptor)
+        self._mmap = not is_remote(self._descriptor) if mmap is None else mmap
 
     def __repr__(self) -> str:
         return f"LocalDirectory({self.name!r})"

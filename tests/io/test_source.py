@@ -126,3 +126,54 @@ def test_the_descriptor_goes_with_the_object(path):
     gc.collect()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="needs Linux's /proc")
+def test_dropped_pages_leave_the_process_and_can_be_read_again(tmp_path):
+    path = tmp_path / "data"
+    path.write_bytes(os.urandom(64 * mmap.PAGESIZE) + b"end")
+
+    def resident():
+        with open("/proc/self/smaps") as maps:
+            own = maps.read().split(str(path), 1)[1]
+        return int(own.split("Rss:", 1)[1].split()[0]) << 10
+
+    with opened(path) as file:
+        data = np.frombuffer(file.map(), np.uint8)
+        expected = path.read_bytes()
+        assert data.tobytes() == expected
+        everything = resident()
+        assert everything == 65 * mmap.PAGESIZE
+        file.drop(16 * mmap.PAGESIZE + 5, 16 * mmap.PAGESIZE - 5)
+        assert resident() == everything - 16 * mmap.PAGESIZE
+        file.drop(3, 0)
+        assert resident() == everything - 16 * mmap.PAGESIZE
+        file.drop(0, len(expected))
+        assert resident() == 0
+        assert data.tobytes() == expected
+
+
+def test_hints_anywhere_in_the_file(path):
+    with opened(path) as file:
+        for hint in (file.prefetch, file.drop):
+            hint(0, len(DATA))  # not mapped yet: there is nothing to do
+        view = file.map()
+        for hint in (file.prefetch, file.drop):
+            for offset, length in (
+                (0, len(DATA)),
+                (5, 1),
+                (mmap.PAGESIZE, 0),
+                (7, 0),
+                (len(DATA) - 1, 1),
+                (len(DATA), 0),
+            ):
+                hint(offset, length)
+        assert bytes(view) == DATA
+        file.close()
+        for hint in (file.prefetch, file.drop):
+            hint(0, len(DATA))
+        assert bytes(view) == DATA, "and the view stays"
+    with opened(path, mmap=False) as file:
+        assert file.map() is None
+        file.prefetch(0, len(DATA))
+        file.drop(0, len(DATA))
