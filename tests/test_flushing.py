@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import obmlite
-from obmlite import _saving
+from obmlite import _writing
 from obmlite.verify import verify
 
 FLUSH = "fdatasync" if hasattr(os, "fdatasync") else "fsync"
@@ -17,7 +17,7 @@ WEIGHTS = {f"w{n}": np.full(50_000, n, np.float32) for n in range(20)}
 
 @pytest.fixture(autouse=True)
 def early(monkeypatch):
-    monkeypatch.setattr(_saving, "_FLUSHED", 1)
+    monkeypatch.setattr(_writing, "_FLUSHED", 1)
 
 
 def save(path):
