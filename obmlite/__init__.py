@@ -1,8 +1,10 @@
 """Save a jitted JAX function with its parameters; load it anywhere, lazily, without its source."""
 
+from obmlite import frameworks
 from obmlite._version import __version__
 from obmlite.errors import (
     ArgumentError,
+    CoordinationError,
     CorruptPackageError,
     ExportError,
     LeafError,
@@ -25,8 +27,11 @@ from obmlite.specs import TensorSpec, spec
 from obmlite.tree import register_node
 from obmlite.weights import LazyArray, Weights
 
+frameworks.install()
+
 __all__ = [
     "ArgumentError",
+    "CoordinationError",
     "CorruptPackageError",
     "ExportError",
     "Function",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from obmlite import tree as trees
 from obmlite.errors import ObmliteError, add_facts, context
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class Call:
           ArgumentError: the arguments do not match the signature.
           PlatformError: the function was not exported for the platform that it would run on.
         """
+        if any(map(trees.is_foreign, map(type, args))) or any(map(trees.is_foreign, map(type, kwargs.values()))):
+            args, kwargs = tuple(map(_known, args)), {name: _known(value) for name, value in kwargs.items()}
         if kwargs and self._signature.fixed:
             with context(object=self._name, package=self._function.package):
                 kwargs = self._signature.drop_fixed(kwargs)
@@ -94,6 +97,11 @@ class Call:
             return self._keeping(self._arrays, {}, (), given)
         donated = {name: given.pop(name) for name in self._donated}
         return self._jitted(self._arrays, donated, (), given)
+
+
+def _known(value: Any) -> Any:
+    """An argument in containers that JAX takes apart as trees do."""
+    return trees.plain(value) if trees.is_foreign(type(value)) else value
 
 
 def _placed(values: Any, mesh: jax.sharding.Mesh) -> Any:

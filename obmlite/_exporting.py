@@ -92,7 +92,9 @@ def export(
     constraints = list(dict.fromkeys(dims.parse_constraint(text).text for text in texts))
     dims.check_together(map(dims.parse_constraint, constraints))
     structs = specs.to_jax(leaf_specs, constraints)
-    rebuild = _rebuilder([a.value for a in arguments], leaves, tree)
+    # Traced leaves go into the containers that the user gave, which our tree may hold only a plain view of.
+    given = [a.value for a in arguments]
+    rebuild = trees.filler(given, leaves, lambda values: list(tree.unflatten(values).values()))
     fixed_values = {place: value for place, value, _ in fixed if place is not None}
     outputs: list[trees.Tree] = []
 
@@ -217,14 +219,6 @@ def _fixed(name: str, kind: FixedKind, value: Any) -> FixedArgument:
     except LeafError:
         return FixedArgument(name, kind, False, None, f"a {type(value).__qualname__}")
     return FixedArgument(name, kind, True, value, repr(value)[:200])
-
-
-def _rebuilder(values: list[Any], leaves: list[Any], tree: trees.Tree) -> Callable[[list[Any]], list[Any]]:
-    """Puts traced leaves into the containers that the user gave, which our tree may hold only a plain view of."""
-    jax_leaves, treedef = jax.tree.flatten(values)
-    if len(jax_leaves) == len(leaves) and all(a is b for a, b in zip(jax_leaves, leaves, strict=True)):
-        return lambda traced: list(jax.tree.unflatten(treedef, traced))
-    return lambda traced: list(tree.unflatten(traced).values())
 
 
 def uses(constraint: str, args: Sequence[Any]) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from obmlite import _engine
+from obmlite import _coordination, _engine
 from obmlite import tree as trees
 from obmlite._names import Names
 from obmlite.errors import (
@@ -21,9 +21,15 @@ from obmlite.pipeline import BoundPipeline, Pipeline
 from obmlite.signature import Signature
 from obmlite.weights import Weights, count_leaves, size
 
+if TYPE_CHECKING:
+    from obmlite.frameworks._calls import ModuleCall
+
 __all__ = ["Model"]
 
 DEFAULT_PIPELINE = "serving_default"
+
+_OPTIONS = frozenset({"name", "constraints", "platforms", "vjp_order", "allow_custom_calls", "metadata"})
+"""What the frameworks' own constructors hand on to :meth:`Model.from_function`."""
 
 
 class Model:
@@ -248,6 +254,145 @@ class Model:
                 objects.setdefault(own, model.weights[own])
         return cls(objects, pipelines=pipelines, metadata=metadata)
 
+    # --- from frameworks
+
+    @classmethod
+    def from_linen(
+        cls, module: Any, variables: Any, *args: Any, method: Any = None, mutable: Any = False, **keywords: Any
+    ) -> Model:
+        """A model of a Flax Linen module: ``Model.from_linen(module, variables, x, train=False)``.
+
+        The function is ``module.apply``, its weights are ``variables``, all collections of them.
+
+        Args:
+          module: the module.
+          variables: what ``module.init`` returned, trained: a dict or ``FrozenDict``, boxed leaves or not.
+          *args: the module's arguments, of which shape and dtype matter.
+          method: the module's method, as for ``apply``; its name is then the function's.
+          mutable: collections that are returned beside the result, as for ``apply``.
+          **keywords: options of :meth:`from_function` (name, constraints, platforms, vjp_order, allow_custom_calls,
+            metadata); all others are the module's, or those of ``apply``. Without arrays in them they are fixed.
+
+        Raises:
+          ExportError: the function cannot be exported as it is.
+          LeafError: the variables, an argument or a result hold what is neither an array nor a number.
+        """
+        from obmlite.frameworks import linen
+
+        options, own = _options(keywords)
+        return cls._of_call(linen.call(module, variables, args, own, method=method, mutable=mutable), options)
+
+    @classmethod
+    def from_nnx(
+        cls, module: Any, *args: Any, method: str | None = None, mutable: bool = False, **keywords: Any
+    ) -> Model:
+        """A model of a Flax NNX module: ``Model.from_nnx(module, x)``.
+
+        The function's weights are the module's ``state``, in which shared variables are there once.
+
+        Args:
+          module: the module, as it is to be used: after ``module.eval()``, say.
+          *args: the module's arguments, of which shape and dtype matter.
+          method: the name of a method other than ``__call__``.
+          mutable: whether to return the new state beside the result.
+          **keywords: as for :meth:`from_linen`.
+
+        Raises:
+          ExportError: the function cannot be exported as it is.
+          LeafError: the state, an argument or a result hold what is neither an array nor a number.
+        """
+        from obmlite.frameworks import nnx
+
+        options, own = _options(keywords)
+        return cls._of_call(nnx.call(module, args, own, method=method, mutable=mutable), options)
+
+    @classmethod
+    def from_haiku(
+        cls,
+        transformed: Any,
+        params: Any,
+        *args: Any,
+        state: Any = None,
+        rng: Any = None,
+        mutable: bool = False,
+        **keywords: Any,
+    ) -> Model:
+        """A model of a function that Haiku transformed: ``Model.from_haiku(transformed, params, x, state=state)``.
+
+        Args:
+          transformed: what ``hk.transform`` or ``hk.transform_with_state`` returned.
+          params: the parameters.
+          *args: the function's arguments, of which shape and dtype matter.
+          state: the state, for a function that has one. It is saved beside the parameters.
+          rng: a key like the one that calls will give as ``rng=``; None for a function that draws nothing.
+          mutable: whether to return the new state beside the result.
+          **keywords: as for :meth:`from_linen`.
+
+        Raises:
+          ExportError: the function cannot be exported as it is, or ``state`` does not fit it.
+          LeafError: weights, an argument or a result hold what is neither an array nor a number.
+        """
+        from obmlite.frameworks import haiku
+
+        options, own = _options(keywords)
+        call = haiku.call(transformed, params, args, own, state=state, rng=rng, mutable=mutable)
+        return cls._of_call(call, options)
+
+    @classmethod
+    def from_objax(cls, module: Any, *args: Any, mutable: bool = False, **keywords: Any) -> Model:
+        """A model of an Objax module: ``Model.from_objax(module, x, training=False)``.
+
+        The function's weights are ``variables``, the module's ``vars()``; the module is not changed.
+
+        Args:
+          module: the module.
+          *args: the module's arguments, of which shape and dtype matter.
+          mutable: whether to return the new values of all variables, by name, beside the result.
+          **keywords: as for :meth:`from_linen`.
+
+        Raises:
+          ExportError: the function cannot be exported as it is.
+          LeafError: a variable, an argument or a result hold what is neither an array nor a number.
+        """
+        from obmlite.frameworks import objax
+
+        options, own = _options(keywords)
+        return cls._of_call(objax.call(module, args, own, mutable=mutable), options)
+
+    @classmethod
+    def from_equinox(cls, module: Any, *args: Any, state: Any = None, mutable: bool = False, **keywords: Any) -> Model:
+        """A model of an Equinox module: ``Model.from_equinox(module, x)``.
+
+        The arrays of the module are saved; what else it holds is as it is now, as after ``eqx.nn.inference_mode``.
+        For a batch, give :meth:`from_function` the call: ``lambda module, x: jax.vmap(module)(x)``.
+
+        Args:
+          module: the module.
+          *args: its arguments, of which shape and dtype matter.
+          state: an ``eqx.nn.State``, given to the module after these. It is saved beside the module.
+          mutable: whether to return the new state beside the result.
+          **keywords: as for :meth:`from_linen`.
+
+        Raises:
+          ExportError: the function cannot be exported as it is.
+          LeafError: an argument or a result hold what is neither an array nor a number.
+        """
+        from obmlite.frameworks import equinox
+
+        options, own = _options(keywords)
+        return cls._of_call(equinox.call(module, args, own, state=state, mutable=mutable), options)
+
+    @classmethod
+    def _of_call(cls, call: ModuleCall, options: Mapping[str, Any]) -> Model:
+        return cls.from_function(
+            call.fn,
+            *call.args,
+            kwargs=call.kwargs,
+            static=call.static,
+            weights=call.weights,
+            **{"name": call.name, **options},
+        )
+
     # --- using
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -283,13 +428,37 @@ class Model:
         """The default pipeline's signature."""
         return self.pipeline.signature
 
-    def restore(self, *, dtype: Any = None) -> Model:
-        """A new model whose weights are on the default device, as by :meth:`obmlite.Weights.restore`.
+    def restore(self, *, shardings: Any = None, **options: Any) -> Model:
+        """A new model whose weights are in memory, as :meth:`obmlite.Weights.restore` puts them there.
+
+        Its pipelines run on them: ``model.restore(mesh=mesh)(x)``. Functions run where their arguments are; one that
+        fixes its mesh needs ``load(path, mesh=mesh)``.
 
         Args:
-          dtype: dtype to cast weights to, as there; the functions must have been exported for it.
+          shardings: a sharding or device for all weights; a function from a leaf's name and spec to one; or a mapping
+            from names of weights objects to either, or to a pytree prefix of shardings. Objects that it does not
+            name go to the default device, or where ``mesh`` says.
+          **options: mesh, rules, dtype, memory_budget, threads and progress, as there. With ``dtype`` the functions
+            must have been exported for it.
+
+        Raises:
+          RestoreError: weights do not fit where they are to go; all of them are listed.
+          ArgumentError: an argument is of a wrong kind, or ``shardings`` names what is not there.
         """
-        weights = {name: w.restored(dtype=dtype) for name, w in self.weights.items()}
+        given = shardings if isinstance(shardings, Mapping) else dict.fromkeys(self.weights, shardings)
+        for name in given:
+            if name not in self.weights:
+                raise ArgumentError(
+                    "Shardings are given for weights that are not there.",
+                    field="shardings",
+                    expected=", ".join(self.weights) or "no weights",
+                    found=repr(name),
+                    fix="give a mapping from names of weights objects",
+                )
+        weights = {}
+        for name, own in self.weights.items():
+            with context(object=name, package=self.path):
+                weights[name] = own.restored(shardings=given.get(name), **options)
 
         def pipeline(name: str) -> BoundPipeline:
             old = self.pipelines[name]
@@ -305,29 +474,38 @@ class Model:
         overwrite: bool = False,
         max_file_bytes: int | None = None,
         progress: bool | None = None,
+        timeout: float = _coordination.TIMEOUT,
+        local: bool = False,
     ) -> None:
         """Writes the model as a package. Until all of it is there, the path holds what it held before.
+
+        Under ``jax.distributed`` every process calls this, with the same tree, order and path, which has to be on a
+        file system that all of them see; each writes the pieces of arrays that it has, and what several have is dealt
+        out. Values that each process has for itself (of numpy, or on its own devices) have to be equal; small ones are
+        compared. A process that fails makes all others raise; who learns nothing more from process 0 does so after
+        ``timeout``, and the package is then the old one or, if process 0 was done, the new one.
 
         Args:
           path: a directory that is not there yet, or a package that is to be replaced.
           overwrite: whether a package that is there may be replaced. Those who have it open go on reading it.
           max_file_bytes: bytes of tensors in one weights file before the next is begun; 5 GB if not given.
-          progress: whether to show a progress bar; left out, only on a terminal.
+          progress: whether to show a progress bar; left out, only on a terminal, and of process 0.
+          timeout: seconds for which a process waits, at each step, for the slowest of the others.
+          local: whether this process saves alone, to a path of its own, what is all on its own devices.
 
         Warns:
           UserWarning: StableHLO's promise of compatibility does not cover a function, such as one that fixes its mesh.
 
         Raises:
           PackageExistsError: there is a package, or something that is no package.
-          LeafError: weights cannot be saved: they were deleted, say.
+          LeafError: weights cannot be saved: they were deleted, say, or ``local`` was given and they are elsewhere too.
+          CoordinationError: processes disagree about what is to be saved, or another one failed or did not answer.
           OSError: the disk is full, the directory is read-only, ….
         """
-        import tqdm
-
-        from obmlite import _saving
+        from obmlite import _saving, _writing
 
         for name, function in self.functions.items():
-            if not function.durable:
+            if not function.durable and (local or _coordination.process_index() == 0):
                 warnings.warn(
                     f"The function {name!r} is not durable: its code holds operations beside StableHLO's "
                     f"({', '.join(function.other_dialects)}), as that of one that fixes its mesh does, which no later "
@@ -335,13 +513,15 @@ class Model:
                     UserWarning,
                     stacklevel=2,
                 )
-        total = sum(w.nbytes for w in self.weights.values())
-        disable = None if progress is None else not progress
-        label = f"saving {os.path.basename(os.path.normpath(os.fspath(path)))}"
-        with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=disable, delay=1) as bar:
-            _saving.save(
-                self, path, overwrite=overwrite, file_bytes=max_file_bytes or _saving.FILE_BYTES, progress=bar.update
-            )
+        _saving.save(
+            self,
+            path,
+            overwrite=overwrite,
+            file_bytes=max_file_bytes or _writing.FILE_BYTES,
+            progress=progress,
+            timeout=timeout,
+            local=local,
+        )
 
     def __repr__(self) -> str:
         lines = [f"Model{f' at {self.path}' if self.path else ''}"]
@@ -356,6 +536,12 @@ class Model:
         if self.metadata:
             lines.append(f"  metadata: {', '.join(map(str, self.metadata))}")
         return "\n".join(lines)
+
+
+def _options(keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keyword arguments apart: options of an export, and a module's own."""
+    options = {key: value for key, value in keywords.items() if key in _OPTIONS}
+    return options, {key: value for key, value in keywords.items() if key not in _OPTIONS}
 
 
 def _check_name(name: object) -> None:

@@ -69,6 +69,16 @@ def test_example_does_what_its_comments_say(variables):
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(variables["params"]))
 
 
+def test_restoring(variables):
+    exec(block("restore"), variables)
+    for name in ("everywhere", "as_saved", "again"):
+        assert jax.tree.all(jax.tree.map(np.array_equal, variables[name], variables["params"]))
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(variables[name]))
+    assert variables["everywhere"]["kernel"].sharding == variables["as_saved"]["kernel"].sharding
+    assert variables["half"]["kernel"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(variables["model"](jnp.ones((2, 4))), np.full((2, 3), 4.0))
+
+
 def test_package_runs_in_a_process_without_the_source(directory):
     code = "import jax.numpy as jnp, obmlite; print(obmlite.load('small.obm')(jnp.ones((2, 4))).tolist())"
     assert python("-I", "-c", code, cwd=directory) == "[[4.0, 4.0, 4.0], [4.0, 4.0, 4.0]]\n"

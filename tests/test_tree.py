@@ -201,7 +201,7 @@ def plain_view(value):
         children = [f.name for f in dataclasses.fields(value)][:2]
         return {name: plain_view(getattr(value, name)) for name in children}
     if flax and isinstance(value, flax.core.FrozenDict):
-        return {key: plain_view(value[key]) for key in sorted(value)}
+        return flax.core.FrozenDict({key: plain_view(value[key]) for key in sorted(value)})
     if isinstance(value, collections.OrderedDict):
         return collections.OrderedDict((key, plain_view(item)) for key, item in value.items())
     if isinstance(value, collections.defaultdict):
@@ -224,6 +224,8 @@ def typed(value):
         return type(value).__name__, [typed(v) for v in value]
     if isinstance(value, Keyed):
         return "Keyed", typed(value.left), typed(value.right), value.note
+    if flax and isinstance(value, flax.core.FrozenDict):
+        return "FrozenDict", {k: typed(value[k]) for k in value}
     return value
 
 

@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 import jax
 
 from obmlite.errors import LeafError
-from obmlite.tree.names import Key, KeyKind, check_key, join, key_text
-from obmlite.tree.nodes import by_class, class_name, is_namedtuple_type
+from obmlite.tree import nodes
+from obmlite.tree.names import Key, KeyKind, check_key, join, key_text, split_name
+from obmlite.tree.nodes import class_name, is_namedtuple_type
 from obmlite.tree.static import storable
 from obmlite.tree.structure import FACTORIES, MAX_DEPTH, MAX_NODES, Kind, Tree, twice
 
@@ -74,7 +75,7 @@ def _flatten(
             taken = node_of(value)
         except (TypeError, ValueError) as error:  # a class's own flatten, or keys that don't compare
             if isinstance(error, LeafError):
-                error.leaf = error.leaf or path(node)
+                error.leaf = path(node, *split_name(error.leaf)[::-1]) if error.leaf else path(node)
                 raise
             raise LeafError(
                 "A node of the pytree cannot be taken apart.", leaf=path(node), found=f"{type(value).__name__}: {error}"
@@ -138,7 +139,7 @@ def _node(value: Any) -> tuple[Kind, list[_Child], str | None, Any] | None:
         factory = getattr(value.default_factory, "__name__", None)
         known = factory if FACTORIES.get(factory or "") is value.default_factory else None
         return Kind.DEFAULT_DICT, _items((k, value[k]) for k in _sorted(value)), None, known
-    entry = by_class.get(cls)
+    entry = nodes.of_class(cls)
     if entry is not None and entry.flatten is not None:
         children, data = entry.flatten(value)
         return Kind.CUSTOM, _children(children), entry.name, storable(data)

@@ -4,8 +4,8 @@ JAX's ``PyTreeDef`` can neither be stored nor looked into, so the format has a t
 columns (kind, arity, key, class name, static data) in preorder. There is no recursion to exhaust, no shared
 child to explode, and a subtree is a contiguous range of nodes and of leaves.
 
-A class is rebuilt only if it was registered under the name that the tree holds (:func:`register_node`);
-nothing is ever looked up by name in a module.
+A class is rebuilt only if it was registered under the name that the tree holds (:func:`register_node`), or if an
+adapter has that name on its own list; nothing is ever looked up by name in a module.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from obmlite.errors import CorruptPackageError, RestoreError
+from obmlite.tree import nodes
 from obmlite.tree.names import RESERVED, Key, KeyKind, escape, key_text
-from obmlite.tree.nodes import by_name
 
 MAX_DEPTH = 1000
 """Nodes from the root to a leaf. Far above any model; finds a container that holds itself."""
@@ -245,7 +245,7 @@ class Tree:
             return plain
         by_index = bool(keys) and self.key_kinds[node + 1] == KeyKind.INDEX
         view: Any = tuple(children) if by_index else dict(zip(keys, children, strict=True))
-        entry = by_name.get(self.classes.get(node, ""))
+        entry = nodes.of_name(self.classes.get(node, ""))
         if entry is None:
             return view
         if entry.unflatten is not None:
