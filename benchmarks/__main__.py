@@ -10,7 +10,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 
 from benchmarks import calls, report
-from benchmarks.contenders import CONTENDERS, available, remove
+from benchmarks.contenders import BUDGET, CONTENDERS, available, remove
+from benchmarks.layouts import DEVICES
 from benchmarks.measure import Job, Measured, measure
 from benchmarks.report import Goal, Section
 from benchmarks.trees import TREES
@@ -22,6 +23,10 @@ _MIB = 1 << 20
 _SAVE = ("obmlite", "safetensors", "flax", "orbax", "numpy", "hashing")
 _RESTORE = ("obmlite", "safetensors", "flax", "orbax", "numpy")
 _RESTORE_ODD = ("obmlite", "safetensors", "copy")
+_LEADING = ("obmlite", "safetensors-put", "orbax", "orbax-safetensors", "copy")
+_LAST = ("obmlite", "obmlite-budget", "safetensors-put", "orbax", "orbax-safetensors", "copy")
+_SMALL = ("obmlite", "safetensors", "put", "put-each")
+_SMALL_REPLICATED = ("obmlite", "safetensors-put", "put", "put-each")
 _LIST = ("obmlite", "safetensors", "header")
 _IMPORT = {"obmlite": "obmlite", "safetensors": "safetensors.flax", "flax": "flax", "orbax": "orbax.checkpoint"}
 
@@ -39,10 +44,11 @@ class Bench:
         return [name for name in names if name in self._only]
 
     def _path(self, contender: str, tree: str) -> str:
-        return os.path.join(self._directory, f"{CONTENDERS[contender].uses or contender}-{tree}")
+        writer = CONTENDERS[contender].uses or contender
+        return os.path.join(self._directory, f"{writer}-{tree}{CONTENDERS[writer].suffix}")
 
-    def _job(self, case: str, contender: str, tree: str) -> Job:
-        return Job(case, contender, tree, self._size, self._path(contender, tree))
+    def _job(self, case: str, contender: str, tree: str, layout: str = "") -> Job:
+        return Job(case, contender, tree, self._size, self._path(contender, tree), layout)
 
     def _what(self, tree: str) -> str:
         """How much a tree is, for people."""
@@ -94,6 +100,58 @@ class Bench:
             _add(section, CONTENDERS[name].title, measure(self._job("restore", name, tree)))
         self._clean(tree)
         return _ordered(section, names)
+
+    def sharded(self) -> Iterator[Section]:
+        """Restoring onto several CPU devices, each of which holds a part, from files that the kernel has in memory."""
+        copy = CONTENDERS["copy"].title
+        what = f"{self._what('large')}, the odd ones, with 1 % of the bytes, on each"
+        leading = Section(
+            f"Restore over {DEVICES} CPU devices, first dimension: {what}",
+            [
+                Goal("below 60 ms", lambda s: s.seconds() < 0.060),
+                Goal(
+                    "below 5 MiB of memory beside one copy of what lies unaligned",
+                    lambda s: (s.anonymous() or 0) - _copied(s) < 5 * _MIB,
+                ),
+            ],
+        )
+        yield self._layout(leading, _LEADING, "leading")
+        last = Section(
+            f"Restore over {DEVICES} CPU devices, last dimension: {what}",
+            [
+                Goal(f"at most 1.3 × {copy}", lambda s: s.seconds() <= 1.3 * s.seconds(copy)),
+                Goal("memory, file pages included, at most the bytes + 64 MiB", lambda s: _beside(s, "obmlite") <= 64),
+                Goal(
+                    f"with memory_budget={BUDGET >> 20} MiB at most that + the bytes + 64 MiB",
+                    lambda s: _beside(s, CONTENDERS["obmlite-budget"].title) <= (BUDGET >> 20) + 64,
+                ),
+            ],
+        )
+        yield self._layout(last, _LAST, "last")
+        self._clean("large")
+
+    def _layout(self, section: Section, contenders: Sequence[str], layout: str) -> Section:
+        names = self._chosen(contenders)
+        self._files(names, "large")
+        for name in self._interleaved(names, self._rounds):
+            _read(self._path(name, "large"))
+            _add(section, CONTENDERS[name].title, measure(self._job("restore", name, "large", layout)))
+        return _ordered(section, names)
+
+    def small(self) -> Iterator[Section]:
+        """Restoring many small tensors, where what each costs is all that counts."""
+        for contenders, layout, where in (
+            (_SMALL, "", "on one CPU device"),
+            (_SMALL_REPLICATED, "replicated", f"on each of {DEVICES} CPU devices"),
+        ):
+            names = self._chosen(contenders)
+            self._files(names, "small")
+            section = Section(f"Restore many small tensors {where}: {self._what('small')}", per="leaves")
+            for name in self._interleaved(names, self._rounds):
+                _read(self._path(name, "small"))
+                _add(section, CONTENDERS[name].title, measure(self._job("restore", name, "small", layout)))
+            yield _ordered(section, names)
+        self._clean("small")
 
     def list(self) -> Section:
         """Opening and listing what there is of many tensors."""
@@ -174,6 +232,16 @@ def _bound_below_native(section: Section) -> bool:
     return section.seconds("obmlite with bound weights") < section.seconds("native jit")
 
 
+def _copied(section: Section) -> float:
+    """Bytes of the tensors that are not used in place."""
+    return (section.fact("bytes") or 0) - (section.fact("aliased") or 0)
+
+
+def _beside(section: Section, contender: str) -> float:
+    """MiB of memory beside the tensors' own bytes, pages of files included."""
+    return ((section.resident(contender) or 0) - (section.fact("bytes", contender) or 0)) / _MIB
+
+
 _CHECKED = "obmlite, and opening a package"
 
 
@@ -236,6 +304,8 @@ def main() -> None:
 _CASES = {
     "save": lambda bench: [bench.save()],
     "restore": lambda bench: [bench.restore("large"), bench.restore("odd")],
+    "sharded": lambda bench: bench.sharded(),
+    "small": lambda bench: bench.small(),
     "list": lambda bench: [bench.list()],
     "import": lambda bench: [bench.imports()],
     "calls": lambda bench: bench.calls(),

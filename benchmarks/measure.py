@@ -19,9 +19,12 @@ import threading
 import time
 from typing import Any
 
+from benchmarks.layouts import DEVICES, Layout
+
 __all__ = ["Job", "Measured", "measure"]
 
 _SAMPLE_SECONDS = 0.002
+_LOOKED_AT = 2000  # leaves up to which it is found out where they lie
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Job:
       tree: a key of :data:`benchmarks.trees.TREES`.
       size: fraction of the tree's full size.
       path: where the contender's files are, or are to be.
+      layout: a key of :data:`benchmarks.layouts.LAYOUTS`; empty for one device.
     """
 
     case: str
@@ -41,6 +45,7 @@ class Job:
     tree: str
     size: float
     path: str
+    layout: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +56,8 @@ class Measured:
       seconds: from the first to the last byte that the work is about.
       anonymous: most bytes of anonymous memory above what was held before, None if unknown.
       resident: the same of resident memory, pages of files included.
-      facts: what else there is to tell: ``bytes``, ``leaves``, ``aliased`` (bytes used in place), ``checks`` (seconds).
+      facts: what else there is to tell: ``bytes`` (of the tensors), ``leaves``, ``aliased`` (those of ``bytes`` that
+        are used in place), ``checks`` (seconds).
     """
 
     seconds: float
@@ -68,6 +74,9 @@ def measure(job: Job) -> Measured:
     """
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     environment |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    if job.layout:
+        flags = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+        environment["XLA_FLAGS"] = flags.strip()
     command = [sys.executable, "-m", "benchmarks.measure", json.dumps(dataclasses.asdict(job))]
     with subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
@@ -178,23 +187,33 @@ def _restore(job: Job, contender: Any) -> None:
     import jax
     import numpy as np
 
+    layout = Layout(job.layout) if job.layout else None
     # JAX's own start is not what is measured.
-    jax.block_until_ready(jax.device_put(np.ones(3, np.float32)))
-    target = contender.target(job.path)
+    jax.block_until_ready(jax.device_put(np.ones(3, np.float32), layout and layout.sharding((3,))))
+    target = contender.target(job.path, layout)
     _begin()
     start = time.perf_counter()
     restored = jax.block_until_ready(contender.restore(job.path, target))
     seconds = time.perf_counter() - start
     status = _status("self")
     leaves = jax.tree.leaves(restored)
-    mapped = _mapped(job.path)
-    aliased = sum(
-        leaf.nbytes
-        for leaf in leaves
-        if isinstance(leaf, jax.Array) and any(leaf.unsafe_buffer_pointer() in place for place in mapped)
-    )
-    facts = {"bytes": sum(leaf.nbytes for leaf in leaves), "leaves": len(leaves), "aliased": aliased}
+    facts = {"bytes": sum(leaf.nbytes for leaf in leaves), "leaves": len(leaves)}
+    if len(leaves) <= _LOOKED_AT:
+        mapped = _mapped(job.path)
+        facts["aliased"] = sum(_in_place(leaf, mapped) for leaf in leaves if isinstance(leaf, jax.Array))
     _say(seconds=seconds, anonymous=status.get("RssAnon"), resident=status.get("VmHWM"), facts=facts)
+
+
+def _in_place(array: Any, mapped: list[range]) -> int:
+    """Bytes of an array that each device which holds them uses where the file is mapped."""
+    shards: dict[str, list[Any]] = {}
+    for shard in array.addressable_shards:
+        shards.setdefault(str(shard.index), []).append(shard.data)
+    return sum(
+        copies[0].nbytes
+        for copies in shards.values()
+        if all(any(data.unsafe_buffer_pointer() in place for place in mapped) for data in copies)
+    )
 
 
 def _mapped(path: str) -> list[range]:

@@ -40,11 +40,13 @@ class Section:
       title: its heading.
       goals: what obmlite's figures should be.
       runs: the measurements of each contender, by its title; obmlite's are under ``obmlite``.
+      per: a fact to divide the time by, in a column of its own.
     """
 
     title: str
     goals: Sequence[Goal] = ()
     runs: dict[str, list[Measured]] = dataclasses.field(default_factory=dict)
+    per: str = ""
 
     def seconds(self, contender: str = "obmlite") -> float:
         """The median time."""
@@ -123,6 +125,7 @@ def _table(section: Section, *, goals: bool) -> Iterator[str]:
     in_place = section.fact("aliased") is not None
     memory = section.anonymous() is not None
     head = ["", "median", "best", "× obmlite"]
+    head += [f"each of the {section.per}"] if section.per else []
     head += ["memory", "with file pages"] if memory else []
     head += ["in place"] if in_place else []
     yield f"\n### {section.title}\n"
@@ -135,6 +138,9 @@ def _table(section: Section, *, goals: bool) -> Iterator[str]:
             _time(section.best(name)),
             "" if name == "obmlite" else _ratio(section.seconds(name) / section.seconds()),
         ]
+        if section.per:
+            count = section.fact(section.per, name)
+            cells.append(_time(section.seconds(name) / count) if count else "")
         if memory:
             cells += [size(section.anonymous(name)), size(section.resident(name))]
         if in_place:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,8 @@ import numpy as np
 __all__ = ["TREES", "flat", "nested"]
 
 _PAIRS = 80
-_ROWS, _COLUMNS = 2048, 2458  # 19.2 MiB of float32; 80 of them are 1.5 GiB
-_MANY = 10_000
+_ROWS, _COLUMNS = 2048, 2456  # 19.2 MiB of float32; 80 of them are 1.5 GiB; both divide by 8 devices
+_MANY, _SMALL = 10_000, 50_000
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -30,7 +32,7 @@ def _large_shapes(size: float) -> Shapes:
     """Half of the leaves, with 99 % of the bytes, are of shapes as models have them; the other half is odd."""
     shapes: Shapes = {}
     for pair in range(_PAIRS):
-        shapes[f"layer_{pair:02d}.kernel"] = (_ROWS, max(2, round(_COLUMNS * size)))
+        shapes[f"layer_{pair:02d}.kernel"] = (_ROWS, max(8, 8 * round(_COLUMNS * size / 8)))
         shapes[f"layer_{pair:02d}.bias"] = _small(pair, size)
     return shapes
 
@@ -44,16 +46,21 @@ def _odd_shapes(size: float) -> Shapes:
     return shapes
 
 
-def _many_shapes(size: float) -> Shapes:
-    """10,000 tensors of a few hundred bytes."""
+def _many_shapes(count: int, size: float) -> Shapes:
+    """Tensors of a few hundred bytes."""
     return {
         f"block_{pair // 50:03d}.layer_{pair % 50:02d}.{leaf}": shape
-        for pair in range(max(50, round(_MANY * size / 2)))
+        for pair in range(max(50, round(count * size / 2)))
         for leaf, shape in (("kernel", (5 + pair % 7, 8 + pair % 5)), ("bias", (8 + pair % 5,)))
     }
 
 
-TREES = {"large": _large_shapes, "odd": _odd_shapes, "many": _many_shapes}
+TREES: dict[str, Callable[[float], Shapes]] = {
+    "large": _large_shapes,
+    "odd": _odd_shapes,
+    "many": functools.partial(_many_shapes, _MANY),
+    "small": functools.partial(_many_shapes, _SMALL),
+}
 
 
 def flat(tree: str, size: float) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
