@@ -122,16 +122,13 @@ class Placer:
             return jax.make_array_from_single_device_arrays(shape, sharding, local, dtype=dtype)
 
         def explicit(buffers: list[Any]) -> Any:
-            # The first array says what type others have.
-            if shape_type:
-                return put(shape_type[0], sharding, buffers, devices, committed)  # type: ignore[misc]
-            array = public(buffers)
-            shape_type.append(jax.typeof(array))
-            return array
+            if not types:  # JAX says it of an array that it made
+                types.append(jax.typeof(public(buffers)).update(weak_type=weak))
+            return put(types[0], sharding, buffers, devices, committed)  # type: ignore[misc]
 
         kind = sharding.memory_kind
         singles = [jax.sharding.SingleDeviceSharding(device, memory_kind=kind) for device in devices]
-        shape_type: list[Any] = []
+        types: list[Any] = []
         if put is None or not devices or self.in_other_memory:
             return public
         if _explicit(sharding):

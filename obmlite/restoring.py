@@ -138,8 +138,9 @@ def restore(
             numbers[key] = len(distinct)
             distinct.append((leaf, target))
         places.append(numbers[key])
-    with jax.ensure_compile_time_eval(), _Restorer(limits, progress, placer) as restorer:
-        # Arrays that are kept, even if a jit around the first call is being traced.
+    # Arrays are kept, even if a jit around the first call is being traced; and a restore is no implicit transfer.
+    explicit = jax.transfer_guard_host_to_device("allow")
+    with jax.ensure_compile_time_eval(), explicit, _Restorer(limits, progress, placer) as restorer:
         arrays = restorer.run(distinct)
     return [arrays[place] for place in places]
 
@@ -195,12 +196,14 @@ class _Restorer:
 
     def _group(self, leaf: LazyArray, tensor: StoredTensor, target: Target) -> _batching.Group | None:
         placer, spec = self._placer(target.sharding), leaf.spec
-        return _batching.Group.of(spec, placer, lambda: self._plan(placer, spec.shape, spec.kind.bits, tensor.boxes))
+        return _batching.Group.of(
+            spec, placer, lambda: self._plan(placer, spec.shape, spec.kind.bits, tensor.boxes, ())
+        )
 
     def _begin(self, number: int, leaf: LazyArray, tensor: StoredTensor, target: Target) -> None:
         """Has a tensor's buffers filled, or takes them where they are."""
         kind, placer = leaf.spec.kind, self._placer(target.sharding)
-        plan = self._plan(placer, leaf.spec.shape, kind.bits, tensor.boxes)
+        plan = self._plan(placer, leaf.spec.shape, kind.bits, tensor.boxes, tensor.layouts)
         held: list[Array] = []
         fill: dict[int, tuple[Array, Box]] = {}
         for n, buffer in enumerate(plan.buffers):
@@ -259,7 +262,7 @@ class _Restorer:
 
     def _place(self, filling: _Filling) -> None:
         for array in filling.buffers:
-            array.flags.writeable = False  # JAX copies what it is given writable
+            array.flags.writeable = False  # JAX may copy what it is given writable
         buffers: list[Any] = [None] * len(filling.plan.request.boxes)
         for held, buffer in zip(filling.buffers, filling.plan.buffers, strict=True):
             for user in buffer.users:
@@ -277,8 +280,14 @@ class _Restorer:
         self._held -= filling.nbytes
 
 
-def _plan(placer: Placer, shape: tuple[int, ...], bits: int, pieces: tuple[Box, ...]) -> planning.TensorPlan:
-    [tensor] = planning.plan([planning.Request(shape, bits, pieces, placer.boxes(shape))]).tensors
+def _plan(
+    placer: Placer,
+    shape: tuple[int, ...],
+    bits: int,
+    pieces: tuple[Box, ...],
+    layouts: tuple[planning.Layout | None, ...],
+) -> planning.TensorPlan:
+    [tensor] = planning.plan([planning.Request(shape, bits, pieces, placer.boxes(shape), layouts)]).tensors
     return tensor
 
 

@@ -326,8 +326,8 @@ class Weights(Mapping[Key, Any]):
             tuple of names, or None for not split); a mapping, or pairs as Flax has them.
           select: names of leaves or subtrees, or glob patterns over names, to restore only those. What is not
             selected is left out of dicts, and is None in sequences and other containers.
-          like: a pytree of ``jax.ShapeDtypeStruct`` or arrays with the names and shapes of these weights. The result
-            has its containers, and its dtypes and shardings where it says any.
+          like: a pytree of ``jax.ShapeDtypeStruct`` or arrays with the names and shapes of these weights, instead of
+            ``select`` and ``dtype``. The result has its containers and dtypes, and its shardings where it says any.
           dtype: a dtype to cast leaves of the same family (float, integer, complex) to; or a function from a leaf's
             name and spec to one, or to None for no change. Cast chunk by chunk, never a whole array.
           memory_budget: bytes of host memory in flight, beside the arrays that are made in host memory; 1 GiB if not
@@ -347,10 +347,11 @@ class Weights(Mapping[Key, Any]):
           ArgumentError: an argument is of a wrong kind.
           CorruptPackageError: a file is not what the manifest says.
         """
-        if like is not None and select is not None:
-            raise ArgumentError(
-                "select= and like= both say what to restore.", field="like", fix="give the template's own leaves only"
-            )
+        for name, given in (("select", select), ("dtype", dtype)):
+            if like is not None and given is not None:
+                raise ArgumentError(
+                    f"like= says what {name}= would say.", field=name, fix="give a template of what is wanted"
+                )
         options: dict[str, Any] = {"dtype": dtype, "memory_budget": memory_budget, "threads": threads}
         options.update(shardings=shardings, mesh=mesh, rules=rules, progress=progress)
         options.update(broadcast=broadcast, timeout=timeout)
@@ -396,8 +397,7 @@ class Weights(Mapping[Key, Any]):
         dtypes_ = _casts(leaves, dtype)
         if placed is not None:
             places = [placed[n][1] or place for n, place in zip(numbers, places, strict=True)]
-            ours = [_arrays.cast_to(leaf.spec, placed[n][0]) for n, leaf in zip(numbers, leaves, strict=True)]
-            dtypes_ = [a if a is not None else b for a, b in zip(dtypes_, ours, strict=True)]
+            dtypes_ = [_arrays.cast_to(leaf.spec, placed[n][0]) for n, leaf in zip(numbers, leaves, strict=True)]
         targets = [Target(place, cast) for place, cast in zip(places, dtypes_, strict=True)]
         with _bar(progress, leaves) as tell:
             if broadcast:
@@ -461,7 +461,7 @@ def _bar(progress: bool | Callable[[int], Any] | None, leaves: Sequence[LazyArra
         return
     import tqdm
 
-    total = sum(leaf.nbytes for leaf in leaves)
+    total = sum({leaf.tensor.key: leaf.nbytes for leaf in leaves}.values())
     with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc="restoring", delay=0 if progress else 1) as bar:
         yield bar.update
 
