@@ -41,6 +41,9 @@ NEWER = (3, 12)
 INDEPENDENT = {
     "tests/frameworks": "frameworks, which need a JAX of their own time",
     "tests/io": "bytes and files; nothing of JAX",
+    "tests/plan/test_boxes.py": "arithmetic of indices",
+    "tests/plan/test_planner.py": "the same, and of bytes",
+    "tests/plan/test_runs.py": "the same",
     "tests/schema": "the manifest's encoding; nothing of JAX",
     "tests/test_benchmarks.py": "the benchmarks' report",
     "tests/test_cli.py": "text in a terminal",
@@ -141,7 +144,11 @@ def runs() -> tuple[list[Run], str]:
             environment("objax"),
             f"jax=={wanted} jaxlib=={wanted}",
             extras="test,objax",
-            tests=("tests/frameworks/test_objax.py", "tests/frameworks/test_examples.py"),
+            tests=(
+                "tests/frameworks/test_objax.py",
+                "tests/frameworks/test_examples.py",
+                "tests/interop/test_safejax_objax.py",
+            ),
         ),
     ]
     if sys.version_info[:2] >= NEWER:

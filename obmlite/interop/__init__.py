@@ -1,0 +1,1 @@
+"""Other libraries' formats and interfaces, each optional."""
