@@ -18,6 +18,7 @@ from obmlite.errors import (
     UnsafePathError,
     UnsupportedFormatError,
 )
+from obmlite.foreign import open_weights
 from obmlite.function import Function, export
 from obmlite.loading import load
 from obmlite.model import Model
@@ -54,6 +55,7 @@ __all__ = [
     "__version__",
     "export",
     "load",
+    "open_weights",
     "register_node",
     "spec",
 ]

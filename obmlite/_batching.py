@@ -13,7 +13,7 @@ import numpy as np
 
 from obmlite import _arrays
 from obmlite._arrays import Array
-from obmlite._files import WeightsFile
+from obmlite._files import TensorFile
 from obmlite._placing import Placer
 from obmlite._tensors import StoredTensor
 from obmlite.errors import ObmliteError, add_facts
@@ -91,7 +91,7 @@ def restore(
     number = 0
     try:
         maps: dict[int, Any] = {}
-        unmapped: list[tuple[int, WeightsFile, int, Group]] = []
+        unmapped: list[tuple[int, TensorFile, int, Group]] = []
         for number, tensor, group in tensors:
             file, base = tensor.place(0)
             data = maps.get(id(file))
@@ -120,7 +120,7 @@ def restore(
         raise
 
 
-def _read(file: WeightsFile, start: int, end: int) -> Array:
+def _read(file: TensorFile, start: int, end: int) -> Array:
     """A range of a file, so that what is aligned there is aligned here."""
     lead = start % _arrays.ALIGNMENT
     buffer = _arrays.aligned_empty((lead + end - start,), np.dtype(np.uint8))[lead:]

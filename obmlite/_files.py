@@ -9,6 +9,7 @@ import numpy as np
 
 from obmlite import _arrays
 from obmlite._arrays import Array
+from obmlite._collector import paused
 from obmlite.errors import CorruptPackageError, context
 from obmlite.io import digest, safetensors
 from obmlite.io.source import ByteSource
@@ -16,8 +17,36 @@ from obmlite.io.store import Store
 from obmlite.schema.records import FileRecord, WeightsRecord
 
 
-class WeightsFile:
-    """A safetensors file, opened and compared with the manifest."""
+class TensorFile:
+    """A file that tensors lie in, opened.
+
+    Attributes:
+      source: the file's bytes.
+      offsets: where each tensor's bytes begin in the file, by name.
+    """
+
+    def __init__(self, source: ByteSource, offsets: Mapping[str, int]) -> None:
+        self.source = source
+        self.offsets = offsets
+
+    def offset(self, name: str) -> int:
+        """Where a tensor's bytes begin in the file."""
+        return self.offsets[name]
+
+    def read(self, offset: int, nbytes: int) -> Array:
+        """Bytes of the file as a read-only uint8 array: a view of the map, or an aligned buffer that was read into."""
+        mapped = self.source.map()
+        if mapped is not None:
+            return np.frombuffer(mapped, np.uint8, nbytes, offset)
+        buffer = _arrays.aligned_empty((nbytes,), np.dtype(np.uint8))
+        if nbytes:
+            self.source.read_into(offset, buffer.data)
+        buffer.flags.writeable = False
+        return buffer
+
+
+class WeightsFile(TensorFile):
+    """A safetensors file of a package, opened and compared with the manifest."""
 
     def __init__(
         self, source: ByteSource, record: FileRecord, pieces: Mapping[str, tuple[str, tuple[int, ...]]]
@@ -49,7 +78,8 @@ class WeightsFile:
                 expected=f"{record.path}: {record.digest.hex()}",
                 found=found.hex(),
             )
-        header = safetensors.parse_header(raw, source.size)
+        with paused():
+            header = safetensors.parse_header(raw, source.size)
         for name in sorted(pieces.keys() ^ header.entries.keys()):
             raise CorruptPackageError(
                 "A weights file and the manifest name different tensors.",
@@ -66,23 +96,8 @@ class WeightsFile:
                     expected=f"{pieces[name][0]}{list(pieces[name][1])}",
                     found=f"{entry.dtype}{list(entry.shape)} in {record.path}",
                 )
-        self.source = source
+        super().__init__(source, {name: header.size + entry.start for name, entry in header.entries.items()})
         self.header = header
-
-    def offset(self, name: str) -> int:
-        """Where a tensor's bytes begin in the file."""
-        return self.header.size + self.header.entries[name].start
-
-    def read(self, offset: int, nbytes: int) -> Array:
-        """Bytes of the file as a read-only uint8 array: a view of the map, or an aligned buffer that was read into."""
-        mapped = self.source.map()
-        if mapped is not None:
-            return np.frombuffer(mapped, np.uint8, nbytes, offset)
-        buffer = _arrays.aligned_empty((nbytes,), np.dtype(np.uint8))
-        if nbytes:
-            self.source.read_into(offset, buffer.data)
-        buffer.flags.writeable = False
-        return buffer
 
 
 class WeightsFiles:

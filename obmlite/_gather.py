@@ -6,20 +6,20 @@ A *held* array is what numpy holds for a leaf: its values, or for PRNG keys thei
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from obmlite import _arrays, dtypes
 from obmlite._arrays import Array
-from obmlite._files import WeightsFile
-from obmlite.plan import Box, Read, TensorPlan, boxes
+from obmlite._files import TensorFile
+from obmlite.plan import Box, Layout, Read, TensorPlan, boxes
 
 Buffers: TypeAlias = Mapping[int, tuple[Array, Box]]
 
 
-def mapped(file: WeightsFile, kind: dtypes.DType, offset: int, shape: Sequence[int]) -> Array | None:
+def mapped(file: TensorFile, kind: dtypes.DType, offset: int, shape: Sequence[int]) -> Array | None:
     """The file's bytes as a held array in place, read-only; None where that needs a copy.
 
     Args:
@@ -35,32 +35,33 @@ def mapped(file: WeightsFile, kind: dtypes.DType, offset: int, shape: Sequence[i
     return np.frombuffer(view, _element(kind), math.prod(held), offset).reshape(held)
 
 
-def gather(read: Read, kind: dtypes.DType, file: WeightsFile, base: int, into: Buffers) -> None:
+def gather(read: Read, kind: dtypes.DType, file: TensorFile, base: int, into: Buffers) -> None:
     """Fills what a read fills; may be called from several threads, for reads that don't overlap.
 
     Args:
       read: the part of a piece.
       kind: dtype of the tensor.
       file: the file that the piece is in.
-      base: bytes from the file's beginning to the piece.
+      base: bytes from the file's beginning to what holds the piece.
       into: number of a buffer → held array, and the box of the tensor that it holds. If its dtype is not ``kind``'s,
         values are cast on the way.
     """
     runs = read.runs
     ranges = [(base + start, runs.nbytes) for start in runs.offsets()]
-    source = mapped(file, kind, base, boxes.shape_of(read.own))
+    source = mapped(file, kind, base, read.layout.shape)
     if source is not None:
         for start, nbytes in ranges:
             file.source.prefetch(start, nbytes)
-        source = source[boxes.slices(boxes.relative(read.box, read.own))]
+        source = source[boxes.slices(read.stored)]
     else:
-        if kind.is_direct and len(ranges) == len(read.fills) == 1:
+        if kind.is_direct and len(ranges) == len(read.fills) == 1 and read.keeps_order:
             [(number, part)] = read.fills
             target = _target(into[number], part)
             if target.flags.c_contiguous and target.dtype == _element(kind) and target.nbytes == runs.nbytes:
                 file.source.read_into(ranges[0][0], target.reshape(-1).view(np.uint8).data)
                 return
-        source = _staged(read, kind, file, ranges, boxes.relative(read.box, read.own))
+        source = _staged(read, kind, file, ranges)
+    source = _turned(source, read.layout)
     for number, part in read.fills:
         _copy(_target(into[number], part), source[boxes.slices(boxes.relative(part, read.box))])
     first, last = runs.span
@@ -74,16 +75,53 @@ def _target(into: tuple[Array, Box], part: Box) -> Array:
     return target
 
 
+def _turned(stored: Array, layout: Layout) -> Array:
+    """A part of what is stored, with the dimensions that the piece has, in their order."""
+    if layout.is_row_major:
+        return stored
+    used = set(layout.axes)
+    # The axes along which there is one index go to the front, where that index takes them away.
+    single = [axis for axis in range(len(layout.shape)) if axis not in used]
+    tail = range(len(layout.shape), stored.ndim)
+    axes = [axis for axis in layout.axes if axis >= 0]
+    first: tuple[Any, ...] = (*(0,) * len(single), ...)
+    new: tuple[Any, ...] = (*(None if axis < 0 else slice(None) for axis in layout.axes), ...)
+    turned: Array = stored.transpose(*single, *axes, *tail)[first][new]
+    return turned
+
+
+_TILE = 64  # elements
+
+
 def _copy(target: Array, source: Array) -> None:
     with np.errstate(over="ignore", invalid="ignore"):  # what is out of range becomes infinite, as in JAX; NaNs stay
         if target.dtype != source.dtype and not np.can_cast(source.dtype, target.dtype, "unsafe"):
             source = _arrays.cast(source, target.dtype)
-        np.copyto(target, source, casting="unsafe")
+        for tile in _tiles(source):
+            np.copyto(target[tile], source[tile], casting="unsafe")
 
 
-def _staged(read: Read, kind: dtypes.DType, file: WeightsFile, ranges: Sequence[tuple[int, int]], box: Box) -> Array:
-    """The elements of a part, read into memory of their own; ``box`` is in the piece's coordinates."""
-    runs, shape = read.runs, boxes.shape_of(read.own)
+def _tiles(source: Array) -> Iterator[Any]:
+    """Indices of parts to copy one by one, where the source's dimensions are in another order than the target's.
+
+    A copy that goes along the target's rows takes one element of each cache line of the source. Small tiles stay in the
+    cache until all of their lines were used: three to four times faster.
+    """
+    fast = min(range(source.ndim), key=lambda n: (source.shape[n] < 2, source.strides[n]), default=0)
+    if source.ndim < 2 or fast == source.ndim - 1 or min(source.shape[fast], source.shape[-1]) < _TILE:
+        yield ...
+        return
+    for row in range(0, source.shape[fast], _TILE):
+        index = [slice(None)] * source.ndim
+        index[fast] = slice(row, row + _TILE)
+        for column in range(0, source.shape[-1], _TILE):
+            index[-1] = slice(column, column + _TILE)
+            yield tuple(index)
+
+
+def _staged(read: Read, kind: dtypes.DType, file: TensorFile, ranges: Sequence[tuple[int, int]]) -> Array:
+    """The elements of a part, read into memory of their own, as they are stored."""
+    runs, shape, box = read.runs, read.layout.shape, read.stored
     data = np.empty(runs.total, np.uint8)
     for n, (start, _) in enumerate(ranges):
         file.source.read_into(start, data[n * runs.nbytes : (n + 1) * runs.nbytes].data)
@@ -108,7 +146,7 @@ def _staged(read: Read, kind: dtypes.DType, file: WeightsFile, ranges: Sequence[
     return np.ndarray((*extents, *elements.shape[1:]), elements.dtype, raw, 0, (*strides, *elements.strides[1:]))
 
 
-def fill(plan: TensorPlan, kind: dtypes.DType, pieces: Sequence[tuple[WeightsFile, int]]) -> list[Array]:
+def fill(plan: TensorPlan, kind: dtypes.DType, pieces: Sequence[tuple[TensorFile, int]]) -> list[Array]:
     """The buffers of a plan, filled by this thread; read-only.
 
     Args:

@@ -6,7 +6,7 @@ A *held* array is what numpy holds for a leaf: its values, or for PRNG keys thei
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -15,8 +15,8 @@ import numpy as np
 from obmlite import _arrays, _gather
 from obmlite import plan as planning
 from obmlite._arrays import Array
-from obmlite._files import WeightsFile, WeightsFiles
-from obmlite.plan import Box, boxes
+from obmlite._files import TensorFile, WeightsFiles
+from obmlite.plan import Box, Layout, boxes
 from obmlite.schema.records import Piece
 from obmlite.specs import TensorSpec
 
@@ -155,19 +155,54 @@ def _identity(leaf: Any, spec: TensorSpec, number: int) -> Any:
     return leaf.__array_interface__["data"][0], spec.shape, spec.kind, strides
 
 
-# --- in a package
+class ListedSource:
+    """Leaves whose tensors are known one by one."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+
+    def tensor(self, leaf: int) -> Tensor:
+        return self._tensors[leaf]
+
+    def number(self, leaf: int) -> Any:
+        return self._tensors[leaf].key
+
+    def narrow(self, first: int, last: int) -> ListedSource:
+        return ListedSource(self._tensors[first:last])
+
+    def open(self) -> None:
+        """Their files are open."""
+
+
+# --- in files
 
 
 class StoredTensor:
-    """A tensor in safetensors files."""
+    """A tensor in files.
+
+    Args:
+      spec: its spec.
+      pieces: where it is.
+      files: opens a file by the name that pieces give it.
+      key: equal for tied leaves.
+      layouts: how each piece lies in what its file holds under its name; empty where each is stored as it is.
+    """
 
     sharding = None
 
-    def __init__(self, spec: TensorSpec, pieces: Sequence[Piece], files: WeightsFiles, key: Any) -> None:
+    def __init__(
+        self,
+        spec: TensorSpec,
+        pieces: Sequence[Piece],
+        files: Callable[[str], TensorFile],
+        key: Any,
+        layouts: tuple[Layout | None, ...] = (),
+    ) -> None:
         self._spec = spec
         self._pieces = pieces
         self._files = files
         self.key = key
+        self.layouts = layouts
         self.where = f"in {pieces[0].file}"
 
     def storage(self, piece: Piece) -> Array:
@@ -183,16 +218,16 @@ class StoredTensor:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is stored in one piece."""
-        return len(self._pieces) == 1
+        """Whether it is stored in one piece, as it is."""
+        return len(self._pieces) == 1 and not self.layouts
 
     @property
     def is_mapped(self) -> bool:
         """Whether the file of its first piece is mapped."""
         return self._files(self._pieces[0].file).source.map() is not None
 
-    def place(self, piece: int) -> tuple[WeightsFile, int]:
-        """The file that a piece is in, opened, and bytes from its beginning to the piece."""
+    def place(self, piece: int) -> tuple[TensorFile, int]:
+        """The file that a piece is in, opened, and bytes from its beginning to what holds the piece."""
         stored = self._pieces[piece]
         file = self._files(stored.file)
         return file, file.offset(stored.name)
@@ -205,7 +240,7 @@ class StoredTensor:
         """
         kind = self._spec.kind
         shape: tuple[int, ...] = self._spec.shape  # type: ignore[assignment]
-        [tensor] = planning.plan([planning.Request(shape, kind.bits, self.boxes, (box,))]).tensors
+        [tensor] = planning.plan([planning.Request(shape, kind.bits, self.boxes, (box,), self.layouts)]).tensors
         run = tensor.buffers[0].run
         if run is not None:
             file, base = self.place(run[0])

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from obmlite import _engine
+from obmlite._collector import paused
 from obmlite._files import WeightsFiles
 from obmlite._names import Names
 from obmlite._tensors import StoredSource
@@ -140,7 +141,8 @@ def open_model(
         return all_weights[own].leaf(leaf).restore()
 
     def weights(name: str) -> Weights:
-        record = manifest.weights[name]
+        with paused():
+            record = manifest.weights[name]
         source = StoredSource(WeightsFiles(store, manifest.files, record))
         return Weights.from_source(record.tree, record.specs, source, record.metadata)
 

@@ -21,6 +21,7 @@ import numpy as np
 from obmlite import _arrays, _batching, _gather
 from obmlite import plan as planning
 from obmlite._arrays import Array
+from obmlite._collector import paused
 from obmlite._placing import Placer
 from obmlite._tensors import StoredTensor
 from obmlite.dtypes import DType
@@ -129,15 +130,16 @@ def restore(
     distinct: list[tuple[LazyArray, Target]] = []
     places = []
     checked = set()
-    for leaf, target in zip(leaves, targets, strict=True):
-        if (leaf.spec.kind.code, target.dtype) not in checked:
-            _arrays.check_x64(leaf.spec, leaf.name, target.dtype)
-            checked.add((leaf.spec.kind.code, target.dtype))
-        key = (leaf.tensor.key, target, leaf.spec.weak_type)
-        if key not in numbers:
-            numbers[key] = len(distinct)
-            distinct.append((leaf, target))
-        places.append(numbers[key])
+    with paused():
+        for leaf, target in zip(leaves, targets, strict=True):
+            if (leaf.spec.kind.code, target.dtype) not in checked:
+                _arrays.check_x64(leaf.spec, leaf.name, target.dtype)
+                checked.add((leaf.spec.kind.code, target.dtype))
+            key = (leaf.tensor.key, target, leaf.spec.weak_type)
+            if key not in numbers:
+                numbers[key] = len(distinct)
+                distinct.append((leaf, target))
+            places.append(numbers[key])
     # Arrays are kept, even if a jit around the first call is being traced; and a restore is no implicit transfer.
     explicit = jax.transfer_guard_host_to_device("allow")
     with jax.ensure_compile_time_eval(), explicit, _Restorer(limits, progress, placer) as restorer:
@@ -185,8 +187,9 @@ class _Restorer:
                 else:
                     self._arrays[number] = _from_memory(leaf, target, self._placer(target.sharding))
                     self._progress(leaf.nbytes)
-        for number, array in _batching.restore(batch, lambda number: leaves[number][0].name):
-            self._arrays[number] = array
+        with paused():
+            for number, array in _batching.restore(batch, lambda number: leaves[number][0].name):
+                self._arrays[number] = array
         self._progress(sum([group.nbytes for _, _, group in batch]))
         while self._queue:
             self._finish()

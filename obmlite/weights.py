@@ -19,6 +19,7 @@ import numpy as np
 
 from obmlite import _arrays, dtypes
 from obmlite import tree as trees
+from obmlite._collector import paused
 from obmlite.errors import ArgumentError, RestoreError, UnknownNameError, context
 from obmlite.frameworks.axes import logical_axes
 from obmlite.specs import TensorSpec
@@ -388,7 +389,8 @@ class Weights(Mapping[Key, Any]):
 
         limits = Limits.of(memory_budget, threads)
         numbers = range(len(self._specs)) if chosen is None else chosen
-        leaves = [self.leaf(n) for n in numbers]
+        with paused():
+            leaves = [self.leaf(n) for n in numbers]
         if shardings is None and mesh is None and rules is None:
             places: list[Any] = [None] * len(leaves)
         else:

@@ -42,6 +42,7 @@ INDEPENDENT = {
     "tests/frameworks": "frameworks, which need a JAX of their own time",
     "tests/io": "bytes and files; nothing of JAX",
     "tests/plan/test_boxes.py": "arithmetic of indices",
+    "tests/plan/test_layouts.py": "the same",
     "tests/plan/test_planner.py": "the same, and of bytes",
     "tests/plan/test_runs.py": "the same",
     "tests/schema": "the manifest's encoding; nothing of JAX",
@@ -52,6 +53,7 @@ INDEPENDENT = {
     "tests/test_flushing.py": "the disk",
     "tests/test_independent_reader.py": "a reader without JAX",
     "tests/test_readme.py": "the README's text",
+    "tests/test_realign.py": "files, rewritten",
     "tests/test_scaling.py": "the figures of docs/scaling.md, from shapes alone",
     "tests/test_verify.py": "digests",
 }

@@ -43,7 +43,7 @@ MAX_PATH_DEPTH = 32
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # Non-blocking, because opening a FIFO for reading otherwise waits for a writer, perhaps for ever.
-_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def check_path(path: str) -> str:
@@ -122,12 +122,16 @@ class LocalDirectory:
     What was opened stays the same directory, even if its path is renamed or given to another one.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, mmap: bool | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, mmap: bool | None = None, follow_links: bool = False
+    ) -> None:
         """Opens the directory; symbolic links on the way to it are followed, in it they are not.
 
         Args:
           path: the package's path.
           mmap: whether its files may be mapped; left out, unless they lie on a network or FUSE file system.
+          follow_links: whether to follow links in it, too: not for packages, but caches of other libraries consist of
+            links.
 
         Raises:
           PackageNotFoundError: there is nothing at the path, or something that is no directory.
@@ -146,6 +150,7 @@ class LocalDirectory:
             raise
         self._closer = weakref.finalize(self, os.close, self._descriptor)
         self._mmap = not is_remote(self._descriptor) if mmap is None else mmap
+        self._no_links = 0 if follow_links else os.O_NOFOLLOW
 
     def __repr__(self) -> str:
         return f"LocalDirectory({self.name!r})"
@@ -175,7 +180,7 @@ class LocalDirectory:
         folder = self._walk(folders, path)
         try:
             try:
-                descriptor = os.open(last, _FILE, dir_fd=folder)
+                descriptor = os.open(last, _FILE | self._no_links, dir_fd=folder)
             except OSError as error:
                 _refuse(error, folder, last, path, self.name)
         finally:
@@ -238,7 +243,7 @@ class LocalDirectory:
             _refuse(error, self._descriptor, ".", path, self.name)
         for name in folders:
             try:
-                below = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=current)
+                below = os.open(name, _FOLDER | self._no_links, dir_fd=current)
             except OSError as error:
                 _refuse(error, current, name, path, self.name)
             finally:

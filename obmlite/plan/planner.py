@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from obmlite.plan import boxes
 from obmlite.plan.boxes import Box
+from obmlite.plan.layouts import Layout, row_major
 from obmlite.plan.runs import Runs, runs_of
 
 GAP = 4096
@@ -25,15 +26,23 @@ class Request:
     Attributes:
       shape: of the tensor.
       bits: of an element.
-      pieces: the boxes that it is stored in, each row-major and without padding. They cover the tensor, or what is
-        wanted of it, without overlap.
+      pieces: the boxes that it is stored in, without padding. They cover the tensor, or what is wanted of it, without
+        overlap.
       boxes: what each of the process' devices is to hold. Two are equal or disjoint.
+      layouts: how each piece lies in what is stored; None for one that is stored by itself, row-major. Empty where all
+        are.
     """
 
     shape: tuple[int, ...]
     bits: int
     pieces: tuple[Box, ...]
     boxes: tuple[Box, ...]
+    layouts: tuple[Layout | None, ...] = ()
+
+    def layout(self, piece: int) -> Layout:
+        """How a piece lies in what is stored."""
+        found = self.layouts[piece] if self.layouts else None
+        return found or row_major(boxes.shape_of(self.pieces[piece]))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,16 +68,28 @@ class Read:
     Attributes:
       piece: number of the piece.
       own: the piece's box.
+      layout: how the piece lies in what is stored.
       box: the part.
-      runs: its bytes in the piece.
+      runs: its bytes in what is stored.
       fills: (number of a buffer, the box in it that is filled).
     """
 
     piece: int
     own: Box
+    layout: Layout
     box: Box
     runs: Runs
     fills: tuple[tuple[int, Box], ...]
+
+    @property
+    def stored(self) -> Box:
+        """The part in the coordinates of what is stored."""
+        return self.layout.stored(boxes.relative(self.box, self.own))
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether the part's elements are stored in the tensor's order."""
+        return self.layout.keeps_order(self.box)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,11 +120,12 @@ class TensorPlan:
         merged = boxes.merge(self.buffers[n].box for n in wanted)
         for number, own in enumerate(self.request.pieces):
             inside = [part for box in merged if (part := boxes.intersect(box, own)) is not None]
-            for part, runs in _joined(inside, own, self.request.bits, gap):
+            layout = self.request.layout(number)
+            for part, runs in _joined(inside, own, layout, self.request.bits, gap):
                 fills = tuple(
                     (n, common) for n in wanted if (common := boxes.intersect(self.buffers[n].box, part)) is not None
                 )
-                yield from _parts(Read(number, own, part, runs, fills), self.request.bits, gap, chunk)
+                yield from _parts(Read(number, own, layout, part, runs, fills), self.request.bits, gap, chunk)
 
 
 @dataclasses.dataclass(frozen=True)  # without slots: what it sums up is kept
@@ -182,20 +204,25 @@ def _run(request: Request, box: Box) -> tuple[int, int] | None:
     for number, own in enumerate(request.pieces):
         if boxes.intersect(box, own) != box:
             continue
-        runs = runs_of(boxes.relative(box, own), boxes.shape_of(own), request.bits)
-        return (number, runs.offset) if runs.count == 1 else None
+        layout = request.layout(number)
+        runs = runs_of(layout.stored(boxes.relative(box, own)), layout.shape, request.bits)
+        return (number, runs.offset) if runs.count == 1 and layout.keeps_order(box) else None
     return None
 
 
-def _joined(parts: Iterable[Box], own: Box, bits: int, gap: int) -> list[tuple[Box, Runs]]:
+def _joined(parts: Iterable[Box], own: Box, layout: Layout, bits: int, gap: int) -> list[tuple[Box, Runs]]:
     """Disjoint boxes in a piece and their runs; one box around several where that is at most a gap more to read."""
+
+    def runs_in(box: Box) -> Runs:
+        return runs_of(layout.stored(boxes.relative(box, own)), layout.shape, bits, gap)
+
     joined: list[tuple[Box, Runs]] = []
     for part in parts:
-        box, runs = part, runs_of(boxes.relative(part, own), boxes.shape_of(own), bits, gap)
+        box, runs = part, runs_in(part)
         n = 0
         while n < len(joined):
             around = boxes.hull(box, joined[n][0])
-            together = runs_of(boxes.relative(around, own), boxes.shape_of(own), bits, gap)
+            together = runs_in(around)
             apart = boxes.intersect(box, joined[n][0]) is None
             if apart and together.total > runs.total + joined[n][1].total + gap:
                 n += 1
@@ -209,22 +236,22 @@ def _joined(parts: Iterable[Box], own: Box, bits: int, gap: int) -> list[tuple[B
 
 def _parts(read: Read, bits: int, gap: int, chunk: int) -> Iterator[Read]:
     """A read in parts of at most ``chunk`` bytes."""
-    axis = next((n for n, (start, stop) in enumerate(read.box) if stop - start > 1), None)
     if not read.runs.count or not read.fills:  # what lies between boxes that are read together
         return
+    axis = next((n for n in read.layout.order if read.box[n][1] - read.box[n][0] > 1), None)
     if read.runs.total <= chunk or axis is None:
         yield read
         return
     start, stop = read.box[axis]
-    shape = boxes.shape_of(read.own)
+    shape = read.layout.shape
     rows = max(1, (stop - start) * chunk // read.runs.total)
-    if bits * math.prod(shape[axis + 1 :]) % 8:
+    if bits * math.prod(shape[read.layout.axes[axis] + 1 :]) % 8:
         rows = -(-rows // 8) * 8  # so that a part begins on a byte whenever the read does
         if rows >= stop - start:
             yield read
             return
     for first in range(start, stop, rows):
         box = (*read.box[:axis], (first, min(first + rows, stop)), *read.box[axis + 1 :])
-        runs = runs_of(boxes.relative(box, read.own), shape, bits, gap)
+        runs = runs_of(read.layout.stored(boxes.relative(box, read.own)), shape, bits, gap)
         fills = tuple((n, common) for n, part in read.fills if (common := boxes.intersect(part, box)) is not None)
-        yield from _parts(Read(read.piece, read.own, box, runs, fills), bits, gap, chunk)
+        yield from _parts(dataclasses.replace(read, box=box, runs=runs, fills=fills), bits, gap, chunk)

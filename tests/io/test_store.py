@@ -94,6 +94,19 @@ def test_mapping_can_be_off(package):
         assert file.map() is None
 
 
+def test_links_are_followed_where_asked(package, tmp_path):
+    """For caches of other libraries, which consist of links; paths are checked all the same."""
+    (package / "link").symlink_to(tmp_path / "outside" / "secret")
+    (package / "folder").symlink_to("weights")
+    with LocalDirectory(package, follow_links=True) as store:
+        assert store.open("link").read(0, 6) == b"secret"
+        assert store.open("folder/a").read(0, 3) == b"abc"
+        with pytest.raises(UnsafePathError):
+            store.open("../outside/secret")
+        with pytest.raises(UnsafePathError):
+            store.open("folder")
+
+
 def test_the_root_may_be_a_symlink(package, tmp_path):
     (tmp_path / "link").symlink_to(package)
     with LocalDirectory(tmp_path / "link") as store, store.open("weights/a") as file:
