@@ -5,7 +5,11 @@ engine        how a module is read
 ============  ==========================================================================================
 ``export``    ``jax.export.deserialize``: public, refused by JAX six months after the package was made
 ``rebuild``   put together from what the manifest says (:mod:`obmlite._rebuild`)
+``replay``    operation by operation, as ordinary JAX (:mod:`obmlite.replay`)
 ============  ==========================================================================================
+
+The first two run a module as one opaque operation, for which there is no ``vmap`` and no derivative but those saved:
+there they replay it too, where its operations can be.
 
 This is the boundary at which JAX's errors become ours.
 """
@@ -15,13 +19,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax import export as jax_export
 
-from obmlite import _promises, _rebuild
+from obmlite import _promises, _rebuild, _replaying
 from obmlite.errors import (
     ArgumentError,
     CorruptPackageError,
@@ -31,7 +35,7 @@ from obmlite.errors import (
 )
 from obmlite.schema.records import ModuleFormat, ModuleRecord
 
-ENGINES = ("export", "rebuild")
+ENGINES = ("export", "rebuild", "replay")
 """The order in which ``auto`` tries them."""
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -56,15 +60,47 @@ class Program:
     blobs: Blobs
     allow_custom_calls: Collection[str] = ()
 
+    @functools.cached_property
+    def replays(self) -> _replaying.Replays:
+        """Its modules, re-traced as ordinary JAX."""
+        return _replaying.Replays(self)
 
-class Engine:
+
+class Engine(Protocol):
     """A program, read by one engine and ready to be traced."""
+
+    name: str
+
+    def __call__(self, leaves: Sequence[Any], captures: Sequence[Any]) -> Sequence[Any]:
+        """Calls the function, to be traced under ``jax.jit``.
+
+        Args:
+          leaves: of the arguments.
+          captures: as :func:`captured` lists them.
+        """
+        ...
+
+
+class _Replaying:
+    """The ``replay`` engine: every transformation is JAX's own, and nothing of the saved VJPs is used."""
+
+    name = "replay"
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        program.replays.check(0, _here())
+
+    def __call__(self, leaves: Sequence[Any], captures: Sequence[Any]) -> Sequence[Any]:
+        return _replay(self._program, 0, *_arranged(self._program, leaves, captures))
+
+
+class _Exported:
+    """The ``export`` and ``rebuild`` engines."""
 
     def __init__(self, program: Program, name: str) -> None:
         self.name = name
         self._program = program
         self._levels: dict[int, jax_export.Exported] = {}
-        self._chain: Any = None
         self.level(0)
 
     def level(self, order: int) -> jax_export.Exported:
@@ -79,25 +115,12 @@ class Engine:
         return self._levels[order]
 
     def __call__(self, leaves: Sequence[Any], captures: Sequence[Any]) -> Sequence[Any]:
-        """Calls the function, to be traced under ``jax.jit``.
-
-        Args:
-          leaves: of the arguments.
-          captures: as :func:`captured` lists them.
-        """
-        modules = self._program.modules
-        by_key = dict(zip(captured(modules), captures, strict=True))
-        primal = modules[0]
-        own = [by_key[c.weights, c.leaf] for c in primal.captures if c.argument < primal.traced]
-        hoisted = tuple(
-            tuple(by_key[c.weights, c.leaf] for c in module.captures if c.argument >= module.traced)
-            for module in modules
-        )
-        arguments = (*leaves, *own)
-        axes = frozenset().union(*map(_varying, arguments), *map(_varying, captures))
-        result: Sequence[Any] = self._derived(0)(
-            _vary(arguments, axes), tuple(_vary(values, axes) for values in hoisted)
-        )
+        arguments, hoisted = _arranged(self._program, leaves, captures)
+        if _replaying.is_forced():
+            if reasons := replayability(self._program, 0, _here()).reasons:
+                raise _reverse_only(self._program, f"not replayable: {'; '.join(map(str, reasons))}")
+            return _replay(self._program, 0, arguments, hoisted)
+        result: Sequence[Any] = self._derived(0)(arguments, hoisted)
         return result
 
     def _derived(self, order: int) -> Callable[..., Sequence[Any]]:
@@ -105,15 +128,14 @@ class Engine:
 
         ``Exported.call`` has a derivative of its own, which is wrong inside ``shard_map`` and knows no captures.
         """
-        name, last = self._program.modules[0].name, order + 1 == len(self._program.modules)
-        call: Any = jax.custom_vjp(_not_vectorised(functools.partial(self._raw, order), name))
+        if order + 1 == len(self._program.modules):
+            return self._last(order)
+        call: Any = jax.custom_vjp(self._vectorised(order))
 
         def forward(arguments: Any, hoisted: Any) -> Any:
-            return call(arguments, hoisted), () if last else (arguments, hoisted)
+            return call(arguments, hoisted), (arguments, hoisted)
 
         def backward(kept: Any, cotangents: Any) -> Any:
-            if last:  # not before a gradient is needed: there may be a stop_gradient behind the call
-                raise _underived(name, order)
             arguments, hoisted = kept
             wanted = self.level(order + 1).in_avals[len(arguments) :]
             given = [
@@ -126,41 +148,146 @@ class Engine:
         derived: Callable[..., Sequence[Any]] = call
         return derived
 
+    def _last(self, order: int) -> Callable[..., Sequence[Any]]:
+        """The call of a module without a saved derivative: its own is that of its operations, if they are replayable.
+
+        In forward mode, so that JAX gets both modes from it; the hoisted arrays are constants, as in a saved VJP.
+        """
+        call: Any = jax.custom_jvp(self._vectorised(order))
+
+        def rule(primals: Any, tangents: Any) -> Any:
+            arguments, hoisted = primals
+            moving = [
+                n
+                for n, tangent in enumerate(tangents[0])
+                if not isinstance(tangent, jax.custom_derivatives.SymbolicZero) and tangent.dtype != jax.dtypes.float0
+            ]
+            if replayability(self._program, order, _here()):
+                run: Callable[..., Any] = functools.partial(_replay, self._program, order)
+            else:
+                run = self._underived(order)
+
+            def along(*values: Any) -> Any:
+                given = dict(zip(moving, values, strict=True))
+                return run(tuple(given.get(n, value) for n, value in enumerate(arguments)), hoisted)
+
+            return jax.jvp(along, [arguments[n] for n in moving], [tangents[0][n] for n in moving])
+
+        call.defjvp(rule, symbolic_zeros=True)
+        derived: Callable[..., Sequence[Any]] = call
+        return derived
+
+    def _underived(self, order: int) -> Callable[..., Any]:
+        """The call of a module that has no derivative."""
+        call: Any = jax.custom_vjp(self._vectorised(order))
+
+        def backward(*_: Any) -> Any:  # not before a gradient is needed: there may be a stop_gradient behind the call
+            raise _underived(self._program, order)
+
+        call.defvjp(lambda *primals: (call(*primals), ()), backward)
+        derived: Callable[..., Any] = call
+        return derived
+
+    def _vectorised(self, order: int) -> Callable[..., Any]:
+        """The call of a module; under ``jax.vmap``, its operations."""
+        call: Any = jax.custom_batching.custom_vmap(functools.partial(self._raw, order))
+
+        @call.def_vmap  # type: ignore[untyped-decorator]
+        def vectorise(size: int, batched: Any, arguments: Any, hoisted: Any) -> Any:
+            if reasons := replayability(self._program, order, _here()).reasons:
+                raise _not_vectorised(self._program, "; ".join(map(str, reasons)))
+            run = functools.partial(_replay, self._program, order)
+            axes = jax.tree.map(lambda mapped: 0 if mapped else None, batched)
+            results = jax.vmap(run, in_axes=tuple(axes), axis_size=size)(arguments, hoisted)
+            return results, jax.tree.map(lambda _: True, results)
+
+        vectorised: Callable[..., Any] = call
+        return vectorised
+
     def _raw(self, order: int, arguments: Sequence[Any], hoisted: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
         given = (*arguments, *hoisted[order])
         axes = frozenset().union(*map(_varying, given))
         return _vary(jax.tree.leaves(self.level(order).call(*given)), axes)
 
 
-def _underived(name: str, order: int) -> ArgumentError:
+def _arranged(program: Program, leaves: Sequence[Any], captures: Sequence[Any]) -> tuple[tuple[Any, ...], Any]:
+    """Arguments and captures as modules take them: those of the traced function, and those hoisted out of each."""
+    modules = program.modules
+    by_key = dict(zip(captured(modules), captures, strict=True))
+    primal = modules[0]
+    own = [by_key[c.weights, c.leaf] for c in primal.captures if c.argument < primal.traced]
+    hoisted = tuple(
+        tuple(by_key[c.weights, c.leaf] for c in module.captures if c.argument >= module.traced) for module in modules
+    )
+    arguments = (*leaves, *own)
+    axes = frozenset().union(*map(_varying, arguments), *map(_varying, captures))
+    return _vary(arguments, axes), tuple(_vary(values, axes) for values in hoisted)
+
+
+def _replay(
+    program: Program, order: int, arguments: Sequence[Any], hoisted: Sequence[Sequence[Any]]
+) -> tuple[Any, ...]:
+    given = (*arguments, *hoisted[order])
+    axes = frozenset().union(*map(_varying, given))
+    return _vary(program.replays.call(order, given), axes)
+
+
+def replayability(program: Program, order: int = 0, platform: str | None = None) -> _replaying.Replayability:
+    """Whether a module can be replayed; one that is not read at all cannot be.
+
+    Args:
+      program: that it is of.
+      order: 0 for the primal, 1, 2, … for its VJPs.
+      platform: where; None for wherever it runs.
+
+    Raises:
+      CorruptPackageError: its file is not what was saved.
+    """
+    try:
+        return program.replays.replayable(order, platform)
+    except UnsupportedFormatError as error:  # the module as a whole
+        return _replaying.Replayability((_replaying.unread(error),), program.modules[order].platforms)
+
+
+_here = _replaying.platform_at_hand
+
+
+def _underived(program: Program, order: int) -> ArgumentError:
+    stops = replayability(program, order, _here())
     return ArgumentError(
-        "The gradient of a function is asked for that was saved without it."
+        "The gradient of a function is asked for that was saved without it, and its operations do not give it."
         if order == 0
-        else "A derivative of a function is asked for of a higher order than was saved.",
-        object=name,
+        else "A derivative of a function is asked for of a higher order than was saved, and its operations do not give "
+        "it.",
+        object=program.modules[0].name,
         field="vjp_order",
         expected=f"at least {order + 1}",
-        found=str(order),
+        found=f"{order}; replayable: {stops}",
         fix=f"vjp_order={order + 1} when exporting it, or jax.lax.stop_gradient where no gradient is wanted",
     )
 
 
-def _not_vectorised(raw: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """The same, for a clear error under ``jax.vmap``."""
-    call: Any = jax.custom_batching.custom_vmap(raw)
+def _reverse_only(program: Program, why: str) -> ArgumentError:
+    return ArgumentError(
+        "A saved function has derivatives in forward mode only where it is replayed.",
+        object=program.modules[0].name,
+        expected="jax.grad, jax.vjp or jax.value_and_grad",
+        found=f"jax.jvp, or what uses it: jax.jacfwd, jax.hessian, jax.linearize; {why}",
+        fix='engine="replay" when loading it, if it is replayable; jax.vjp instead; for products with the Hessian, '
+        "jax.grad of jax.vjp with vjp_order=2 when exporting",
+    )
 
-    @call.def_vmap  # type: ignore[untyped-decorator]
-    def refuse(*_: Any) -> Any:
-        raise ArgumentError(
-            "A saved function runs for the shapes that it was exported for: jax.vmap cannot give it others.",
-            object=name,
-            expected="a call without jax.vmap, and without what uses it: jax.jacrev, jax.hessian",
-            fix='export it for any batch size, as in obmlite.spec("f32[b,4]"), and call it once for the whole batch, '
-            "or use jax.lax.map, without batch_size=",
-        )
 
-    named: Callable[..., Any] = call
-    return named
+def _not_vectorised(program: Program, reasons: str) -> ArgumentError:
+    return ArgumentError(
+        "A saved function whose operations cannot be replayed runs for the shapes that it was exported for: jax.vmap "
+        "cannot give it others.",
+        object=program.modules[0].name,
+        expected="a call without jax.vmap, and without what uses it: jax.jacrev, jax.hessian",
+        found=f"not replayable: {reasons}",
+        fix='export it for any batch size, as in obmlite.spec("f32[b,4]"), and call it once for the whole batch, '
+        "or use jax.lax.map, without batch_size=",
+    )
 
 
 def captured(modules: Sequence[ModuleRecord]) -> list[tuple[str, int]]:
@@ -204,11 +331,11 @@ def load(program: Program, engine: str = "auto") -> Engine:
       CorruptPackageError: a module is not what the manifest says.
     """
     if engine != "auto":
-        return Engine(program, engine)
+        return _engine(program, engine)
     reasons = []
     for name in ENGINES:
         try:
-            return Engine(program, name)
+            return _engine(program, name)
         except UnsupportedFormatError as error:
             if error.field == "custom calls":
                 raise
@@ -220,6 +347,10 @@ def load(program: Program, engine: str = "auto") -> Engine:
         found=f"saved with jax {program.modules[0].jax_version}; " + "; ".join(reasons),
         fix=f"load it with jax {program.modules[0].jax_version}",
     )
+
+
+def _engine(program: Program, name: str) -> Engine:
+    return _Replaying(program) if name == _Replaying.name else _Exported(program, name)
 
 
 def _check_artifact(module: ModuleRecord, artifact: bytes, allowed: Collection[str]) -> None:
@@ -240,7 +371,7 @@ def _check_artifact(module: ModuleRecord, artifact: bytes, allowed: Collection[s
     try:
         custom_calls, _ = _stablehlo.look(artifact)
     except ValueError as error:  # a newer StableHLO than this JAX has
-        raise _too_new(module) from error
+        raise _replaying.too_new(module) from error
     if custom_calls != module.custom_calls:
         raise CorruptPackageError(
             "A function's code calls other targets than the manifest says.",
@@ -250,16 +381,6 @@ def _check_artifact(module: ModuleRecord, artifact: bytes, allowed: Collection[s
         )
     _promises.check_custom_calls(custom_calls, allowed, loading=True)
     _promises.prepare(artifact)
-
-
-def _too_new(module: ModuleRecord) -> UnsupportedFormatError:
-    return UnsupportedFormatError(
-        "This JAX does not run the function.",
-        field="stablehlo",
-        expected=f"StableHLO that jax {jax.__version__} reads",
-        found=f"StableHLO {module.stablehlo_version}, saved with jax {module.jax_version}",
-        fix=f"load it with jax {module.jax_version} or later",
-    )
 
 
 def _read_export(program: Program, order: int, blob: bytes, artifact: bytes) -> jax_export.Exported:
@@ -331,7 +452,8 @@ def explain(error: Exception, program: Program, leaves: Sequence[Any]) -> Obmlit
             field="devices",
             expected=mesh,
             found=f"{devices or 1} {'device' if devices < 2 else 'devices'}",
-            fix="call .on(mesh) of the function with such a mesh, or place the arguments on one",
+            fix='call .on(mesh) of the function with such a mesh, or place the arguments on one; engine="replay" when '
+            "loading it takes any number of devices, if it is replayable",
         )
     if "Invalid sharding for instruction" in text:
         return ArgumentError(
@@ -348,14 +470,11 @@ def explain(error: Exception, program: Program, leaves: Sequence[Any]) -> Obmlit
             fix="call the function on a mesh with the axes that it was exported with",
         )
     if "forward-mode autodiff" in text:
-        return ArgumentError(
-            "A saved function has derivatives in reverse mode only.",
-            expected="jax.grad, jax.vjp or jax.value_and_grad",
-            found="jax.jvp, or what uses it: jax.jacfwd, jax.hessian, jax.linearize",
-            fix="jax.vjp instead; for products with the Hessian, jax.grad of jax.vjp with vjp_order=2 when exporting",
-        )
+        stops = replayability(program, 0, _here()).reasons
+        why = f"not replayable: {'; '.join(map(str, stops))}" if stops else 'found out too late for engine="auto"'
+        return _reverse_only(program, why)
     if "deserialize StableHLO" in text:
-        return _too_new(module)
+        return _replaying.too_new(module)
     if "Error refining shapes" in text or "refinement" in text:
         return ArgumentError("The shapes of the arguments do not fit the function.", found=text[:300])
     return None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tqdm
 
@@ -21,7 +22,9 @@ from obmlite.schema.encode import encode
 
 if TYPE_CHECKING:
     from obmlite.function import Function
+    from obmlite.io.staging import StagedFile
     from obmlite.model import Model
+    from obmlite.supplemental import Supplemental
 
 Blobs = Mapping[str, Mapping[str, bytes]]
 """Function → file → bytes."""
@@ -108,7 +111,70 @@ def _function(
         bindings=function.bindings,
         primal=primal,
         vjps=tuple(vjps),
+        compile_options=function.compile_options,
     )
+
+
+def supplementals(
+    transaction: Transaction, model: Model, files: dict[str, r.FileRecord], advance: Callable[[int], object]
+) -> dict[str, r.SupplementalRecord]:
+    """Writes the supplementals, and adds their files' records."""
+    written = {}
+    for name, supplemental in model.supplementals.items():
+        with context(object=name):
+            written[name] = _supplemental(transaction, name, supplemental, files, advance)
+    return written
+
+
+def _supplemental(
+    transaction: Transaction,
+    name: str,
+    supplemental: Supplemental,
+    files: dict[str, r.FileRecord],
+    advance: Callable[[int], object],
+) -> r.SupplementalRecord:
+    """One supplemental; a directory's files get their names when the digests of all of them are known."""
+    record = r.SupplementalRecord(
+        name=name,
+        metadata=supplemental.metadata,
+        form=supplemental.form,
+        mime_type=supplemental.mime_type,
+        version=supplemental.version,
+        function=supplemental.function,
+    )
+    if supplemental.form is r.SupplementalForm.INLINE:
+        return dataclasses.replace(record, inline=supplemental.read())
+    entries: dict[str, str | None] = {}
+    with contextlib.ExitStack() as stack:
+        staged: dict[str, tuple[StagedFile, bytes]] = {}
+        for path in supplemental.entries:
+            entries[path] = None
+            if not path.endswith("/"):
+                own = stack.enter_context(transaction.create("supplementals"))
+                staged[path] = own, _copied(supplemental, path, own, advance)
+        # A name for all of a folder's files, as a file's name has the digest of its bytes.
+        listed = [f"{path}\0{staged[path][1].hex() if path in staged else ''}\n" for path in entries]
+        whole = digest.sha256("".join(listed).encode())
+        for path, (own, found) in staged.items():
+            if supplemental.is_directory:
+                final = own.finish(f"{slug(name)}-{whole.hex()[:16]}/{path}")
+            else:
+                final = own.finish(f"{slug(name)}-{found.hex()[:16]}")
+            files[final] = r.FileRecord(final, own.size, r.FileKind.SUPPLEMENTAL, found)
+            entries[path] = final
+    return dataclasses.replace(record, entries=entries)
+
+
+def _copied(supplemental: Supplemental, path: str, staged: StagedFile, advance: Callable[[int], object]) -> bytes:
+    """Copies a file, and gives its digest."""
+    found = hashlib.sha256()
+    with supplemental.open(path) as stream:
+        while data := stream.read(digest.CHUNK):
+            found.update(data)
+            staged.write(data)
+            advance(len(data))
+    staged.seal()
+    return found.digest()
 
 
 def manifest(
@@ -116,21 +182,39 @@ def manifest(
     files: Mapping[str, r.FileRecord],
     functions: Mapping[str, r.FunctionRecord],
     weights: Mapping[str, r.WeightsRecord],
+    supplementals: Mapping[str, r.SupplementalRecord],
 ) -> bytes:
     """The manifest, whose replacement is the commit."""
+
+    def shown(records: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: dataclasses.replace(own, visibility=model.visibility[name]) for name, own in records.items()}
+
     record = r.ManifestRecord(
         producer=f"obmlite {__version__}",
         files=dict(sorted(files.items())),
-        functions=functions,
-        weights=weights,
+        functions=shown(functions),
+        polymorphic={
+            name: r.PolymorphicRecord(
+                name=name,
+                metadata=several.metadata,
+                functions=tuple(function.name for function in several.functions),
+                visibility=model.visibility[name],
+            )
+            for name, several in model.polymorphic.items()
+        },
+        weights=shown(weights),
         pipelines={
             name: r.PipelineRecord(
                 name=name,
                 metadata=pipeline.metadata,
-                steps=(r.StepRecord(r.StepRole.MODEL, pipeline.function.name, pipeline.bindings),),
+                steps=pipeline.steps,
+                pass_through=pipeline.pass_through,
+                visibility=pipeline.visibility,
             )
             for name, pipeline in model.pipelines.items()
         },
+        supplementals=supplementals,
+        device_assignment=model.device_assignment,
         default_pipeline=model.default_pipeline,
         metadata=model.metadata,
     )

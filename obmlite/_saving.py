@@ -43,9 +43,11 @@ def _save_alone(
 ) -> None:
     blobs = _packaging.opened(model)
     total = sum(weights.nbytes for weights in model.weights.values())
+    total += sum(supplemental.nbytes for supplemental in model.supplementals.values())
     with _packaging.begin(path, overwrite) as (transaction, previous), _packaging.bar(path, total, progress) as update:
         files: dict[str, r.FileRecord] = {}
         functions = _packaging.functions(transaction, model, blobs, files)
+        supplementals = _packaging.supplementals(transaction, model, files, update)
         written: dict[str, r.WeightsRecord] = {}
         with Writer(transaction, update) as writer:
             for name, weights in model.weights.items():
@@ -59,7 +61,7 @@ def _save_alone(
                     ]
                 files.update({file.record.path: file.record for file in made})
                 written[name] = record(name, weights, tensors, zip(parts, made, strict=True))
-        transaction.commit(_packaging.manifest(model, files, functions, written))
+        transaction.commit(_packaging.manifest(model, files, functions, written, supplementals))
         _packaging.publish(transaction, written, previous)
 
 

@@ -99,6 +99,7 @@ def _lead(
                 session.gather()  # all have found it
             records: dict[str, r.FileRecord] = {}
             functions = _packaging.functions(transaction, model, blobs, records)
+            supplementals = _packaging.supplementals(transaction, model, records, advance)
             with Writer(transaction, advance) as writer:
                 tables = [_table(_write(writer, model, mine))]
             tables += session.gather()[1:]
@@ -113,7 +114,7 @@ def _lead(
             for name, weights in model.weights.items():
                 own = [(f.parts, w) for f, w in zip(files, made, strict=True) if f.weights == name]
                 weights_records[name] = record(name, weights, Tensors.of(weights), own)
-            transaction.commit(_packaging.manifest(model, records, functions, weights_records))
+            transaction.commit(_packaging.manifest(model, records, functions, weights_records, supplementals))
         except BaseException as error:
             if transaction.committed:  # whatever failed behind it, their files are named now
                 with contextlib.suppress(CoordinationError):
@@ -166,7 +167,9 @@ def _described(model: Model, overwrite: bool, file_bytes: int) -> Iterator[tuple
     for name, function in model.functions.items():
         yield name, f"function {function.signature}"
     for name, pipeline in model.pipelines.items():
-        yield name, f"pipeline of {pipeline.function.name!r} with {pipeline.bindings!r}"
+        yield name, f"pipeline of {pipeline.steps!r}, pass_through={pipeline.pass_through}"
+    for name, supplemental in model.supplementals.items():
+        yield name, f"supplemental {supplemental.mime_type!r} with {list(supplemental.entries)!r}"
     for name, weights in model.weights.items():
         tree = weights.tree
         numbers = Tensors.of(weights).leaf_tensor.tolist()

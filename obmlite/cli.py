@@ -1,4 +1,4 @@
-"""The command line: ``obmlite show``, ``plan``, ``consolidate`` and ``verify``."""
+"""The command line: ``obmlite show``, ``plan``, ``consolidate``, ``realign`` and ``verify``."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any
 
 import tqdm
 
-from obmlite import listing, planning
+from obmlite import _running, diff, listing, planning
 from obmlite._version import __version__
 from obmlite.consolidate import consolidate
 from obmlite.errors import ArgumentError, ObmliteError
+from obmlite.foreign import realign
+from obmlite.loading import load
 from obmlite.plan.topology import Topology, parse_axes
 from obmlite.verify import verify
 from obmlite.weights import size
@@ -47,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="obmlite",
         description="Looks into packages of JAX functions and weights.",
-        epilog="Exit codes: 0 good, 1 bad package or none, 2 wrong usage.",
+        epilog="Exit codes: 0 good, 1 bad package or none, or for diff a difference, 2 wrong usage.",
     )
     parser.add_argument("--version", action="version", version=f"obmlite {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -58,7 +60,47 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--json", action="store_true", help="as JSON")
     show.add_argument("--leaves", type=_count, default=listing.LEAVES, metavar="N", help="leaves to show at most")
     show.add_argument("--all", action="store_true", help="show every leaf")
+    show.add_argument(
+        "--ops",
+        action="store_true",
+        help="list the operations and custom calls of functions, and those that cannot be replayed; reads their files",
+    )
     show.set_defaults(run=_show)
+
+    run = commands.add_parser("run", help="run a pipeline on arrays from files, or on the package's examples")
+    run.add_argument("path", metavar="PATH", help="the package")
+    run.add_argument("pipeline", metavar="PIPELINE", nargs="?", help="the pipeline; the default one if left out")
+    run.add_argument(
+        "--input",
+        type=_named,
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="a leaf of the arguments from a .npy file; leaves by name from .npz or .safetensors; may be given again",
+    )
+    run.add_argument(
+        "--output",
+        type=_named,
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="a leaf of the results to a .npy file, or all to .npz or .safetensors; left out, they are described",
+    )
+    run.add_argument("--pad-batch", action="store_true", help="run an odd batch on the next larger size that there is")
+    run.set_defaults(run=_run)
+
+    extract = commands.add_parser("extract", help="write a supplemental out of a package")
+    extract.add_argument("path", metavar="PATH", help="the package")
+    extract.add_argument("name", metavar="NAME", help="the supplemental")
+    extract.add_argument("--to", metavar="TARGET", help="the new file or directory; NAME here if left out")
+    extract.set_defaults(run=_extract)
+
+    compare = commands.add_parser("diff", help="say what differs between two packages; exit code 1 if anything does")
+    compare.add_argument("a", metavar="A", help="a package")
+    compare.add_argument("b", metavar="B", help="another")
+    compare.add_argument("--values", action="store_true", help="read the tensors that differ, to say by how much")
+    compare.add_argument("--json", action="store_true", help="as JSON")
+    compare.set_defaults(run=_diff)
 
     plan = commands.add_parser("plan", help="say what each host would read to restore weights; reads only the manifest")
     plan.add_argument("path", metavar="PATH", help="the package")
@@ -112,6 +154,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     whole.set_defaults(run=_consolidate)
 
+    align = commands.add_parser(
+        "realign", help="rewrite another library's safetensors files so that they can be mapped"
+    )
+    align.add_argument("path", metavar="PATH", help="a safetensors file, an index, or a directory")
+    align.add_argument("out", metavar="OUT", help="the new file; or the directory of the new files and their index")
+    align.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    align.set_defaults(run=_realign)
+
     check = commands.add_parser("verify", help="read all of a package and compare it with its digests")
     check.add_argument("path", metavar="PATH", help="the package")
     check.add_argument("--json", action="store_true", help="as JSON")
@@ -124,6 +174,12 @@ def _count(text: str) -> int:
     if count < 0:
         raise argparse.ArgumentTypeError("must not be negative")
     return count
+
+
+def _named(text: str) -> tuple[str, str]:
+    """``NAME=FILE``, or a file without a name."""
+    name, equals, file = text.partition("=")
+    return (name, file) if equals else ("", text)
 
 
 def _positive(text: str) -> float:
@@ -146,7 +202,7 @@ def _parsed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def _show(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    found = listing.listing(options.path)
+    found = listing.listing(options.path, operations=options.ops)
     kinds = ("functions", "weights", "pipelines", "polymorphic", "supplementals")
     if options.name is not None and not any(options.name in found[kind] for kind in kinds):
         names = ", ".join(name for kind in kinds for name in found[kind])
@@ -170,6 +226,57 @@ def _plain(value: Any) -> Any:
 def _printable(line: str) -> str:
     """Names come from the package: what would move a terminal's cursor is shown instead."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    model = load(options.path)
+    if options.pipeline is not None and options.pipeline not in model.pipelines:
+        names = ", ".join(model.pipelines) or "no pipelines"
+        parser.error(f"there is no pipeline {options.pipeline!r} in {options.path}; there are {names}")
+    pipeline = model.pipeline if options.pipeline is None else model.pipelines[options.pipeline]
+    call = pipeline.padded() if options.pad_batch else pipeline
+    try:
+        if options.input or not pipeline.signature.inputs.num_leaves:
+            calls = [_running.read_inputs(pipeline, options.input)]
+        else:
+            calls = model.examples.get(pipeline.name, [])
+            if not calls:
+                parser.error(f"give --input: the package has no examples for {pipeline.signature}")
+        if options.output and len(calls) > 1:
+            parser.error(f"--output takes the results of one call, and there are {len(calls)} examples")
+        for arguments in calls:
+            args, keywords = pipeline.signature.spread(arguments)
+            result = call(*args, **keywords)
+            for name, path in _running.write_outputs(result, options.output):
+                print(_printable(f"{name or 'result'} → {path}"))
+            if not options.output:
+                for line in _running.summary(_running.host_leaves(result)):
+                    print(_printable(line))
+    except (ImportError, OSError) as error:  # a step may need what is not installed
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return BAD
+    return GOOD
+
+
+def _extract(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    model = load(options.path)
+    if options.name not in model.supplementals:
+        names = ", ".join(model.supplementals) or "no supplementals"
+        parser.error(f"there is no {options.name!r} in {options.path}; there are {names}")
+    if options.to is None and (os.path.basename(options.name) != options.name or options.name in (".", "..")):
+        parser.error(f"give --to: {options.name!r} is no file name")
+    print(_printable(model.supplementals[options.name].extract(options.to or options.name)))
+    return GOOD
+
+
+def _diff(options: argparse.Namespace, _: argparse.ArgumentParser) -> int:
+    found = diff.diff(options.a, options.b, values=options.values)
+    if options.json:
+        print(json.dumps(found, indent=2, ensure_ascii=False, default=_plain))
+    else:
+        for line in diff.text(found):
+            print(_printable(line))
+    return GOOD if found["same"] else BAD
 
 
 def _plan(options: argparse.Namespace, _: argparse.ArgumentParser) -> int:
@@ -196,6 +303,12 @@ def _plan(options: argparse.Namespace, _: argparse.ArgumentParser) -> int:
 
 def _consolidate(options: argparse.Namespace, _: argparse.ArgumentParser) -> int:
     consolidate(options.path, options.out, max_file_bytes=options.max_file_bytes)
+    return GOOD
+
+
+def _realign(options: argparse.Namespace, _: argparse.ArgumentParser) -> int:
+    with tqdm.tqdm(unit="B", unit_scale=True, desc="writing", disable=None, delay=1) as bar:
+        realign(options.path, options.out, overwrite=options.overwrite, progress=bar.update)
     return GOOD
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 
@@ -15,13 +15,18 @@ from obmlite import tree as trees
 from obmlite._calling import Call
 from obmlite._once import once
 from obmlite._promises import beyond_promise
+from obmlite._replaying import Replayability
 from obmlite.errors import ArgumentError, ExportError, LeafError, context
 from obmlite.schema.records import Binding, Capture, ModuleRecord
 from obmlite.signature import Signature
-from obmlite.specs import MeshSpec
+from obmlite.specs import MeshSpec, TensorSpec, to_jax
 from obmlite.weights import Weights, check_not_lazy
 
 __all__ = ["Function", "export"]
+
+
+CompileOptions: TypeAlias = Mapping[str, Mapping[str, Any]]
+"""XLA's options: platform → option → value."""
 
 
 class Function:
@@ -37,6 +42,7 @@ class Function:
       bindings: the weights objects that it was saved with.
       package: the path of the package that it was loaded from.
       mesh: the mesh that it is called on, if one was given.
+      compile_options: XLA's options for compiling it, by platform.
     """
 
     def __init__(
@@ -51,6 +57,7 @@ class Function:
         package: str | None = None,
         engine: str = "auto",
         mesh: jax.sharding.Mesh | None = None,
+        compile_options: CompileOptions | None = None,
     ) -> None:
         self.name = name
         self.signature = signature
@@ -58,6 +65,7 @@ class Function:
         self.bindings = tuple(bindings)
         self.package = package
         self.mesh = mesh
+        self.compile_options: CompileOptions = {p: dict(o) for p, o in (compile_options or {}).items()}
         self._program = program
         self._captures = captures
         self._engine_name = engine
@@ -97,13 +105,75 @@ class Function:
 
     @property
     def engine(self) -> str:
-        """The engine that runs it, ``"export"`` or ``"rebuild"``; it is read for this, if it wasn't yet.
+        """The engine that runs it, ``"export"``, ``"rebuild"`` or ``"replay"``; it is read for this, if it wasn't yet.
 
         Raises:
           CorruptPackageError: the file is not what was saved.
           UnsupportedFormatError: this JAX does not read it.
         """
         return self._loaded.name
+
+    @property
+    def replayable(self) -> Replayability:
+        """Whether it can be re-traced as ordinary JAX, on whatever platform it was exported for; true if it can.
+
+        Its file is read for this. ``str()`` of the result says which operations stop it.
+
+        Raises:
+          CorruptPackageError: the file is not what was saved.
+        """
+        with context(object=self.name, package=self.package):
+            return _engine.replayability(self._program)
+
+    @property
+    def operations(self) -> dict[str, int]:
+        """The operations of its code, with the targets of custom calls, and how often each stands there; by name.
+
+        Raises:
+          CorruptPackageError: the file is not what was saved.
+          UnsupportedFormatError: this JAX does not read it.
+        """
+        with context(object=self.name, package=self.package):
+            return self._program.replays.operations()
+
+    def jaxpr(self, *args: Any, **kwargs: Any) -> Any:
+        """The function as a closed jaxpr of ordinary primitives, for arguments like the given ones.
+
+        Args:
+          *args: as for a call; arrays, or ``jax.ShapeDtypeStruct`` and :func:`obmlite.spec` of known sizes. With none
+            at all, the signature's own, if its sizes are known.
+          **kwargs: likewise.
+
+        Returns:
+          A ``ClosedJaxpr``: of the leaves of the function's arguments, with what it closed over as constants.
+
+        Raises:
+          ArgumentError: the arguments do not match the signature.
+          UnsupportedFormatError: the function is not replayable; the text names the operations that stop it.
+        """
+        with context(object=self.name, package=self.package):
+            if args or kwargs:
+                arguments = self.signature.bind(args, kwargs)
+            else:
+                arguments = self.signature.inputs.unflatten(self.signature.input_specs)
+            structs = jax.tree.map(_struct, trees.plain(arguments))
+            engine = _engine.load(self._program, "replay")
+
+            def replayed(given: Mapping[str, Any]) -> Any:
+                leaves = engine(self.signature.match(given), self.captures)
+                return self.signature.outputs.unflatten(list(leaves))
+
+            return jax.make_jaxpr(replayed)(structs)
+
+    @property
+    def signatures(self) -> tuple[Signature, ...]:
+        """Its signature, as one of one; a polymorphic function has several."""
+        return (self.signature,)
+
+    @property
+    def capture_keys(self) -> tuple[tuple[str, int], ...]:
+        """(weights object, leaf) of each array that it closed over."""
+        return tuple(_engine.captured(self._program.modules))
 
     # --- running it
 
@@ -174,11 +244,14 @@ class Function:
     def on(self, mesh: jax.sharding.Mesh) -> Function:
         """The function, called on the devices of a mesh; arguments that are committed to no others are put there.
 
-        One that fixes its mesh keeps its own axes, over the devices in the given mesh's order.
+        One that fixes its mesh keeps its own axes, over the devices in the given mesh's order; under the ``replay``
+        engine it takes the given mesh as it is, of any number of devices.
 
         Raises:
           ArgumentError: the function fixes the number of its devices, and the mesh has another.
         """
+        if self._engine_name == "replay":
+            return self._with(mesh=mesh)
         needed = self.module.num_devices
         if needed not in (1, mesh.size):
             raise ArgumentError(
@@ -195,6 +268,17 @@ class Function:
             types = (jax.sharding.AxisType.Auto,) * len(own.names)
             mesh = jax.sharding.Mesh(mesh.devices.reshape(own.sizes), own.names, axis_types=types)
         return self._with(mesh=mesh)
+
+    def compiled_with(self, options: CompileOptions) -> Function:
+        """The function with other options for XLA.
+
+        Args:
+          options: platform → option → value, such as ``{"cpu": {"xla_cpu_enable_fast_min_max": True}}``.
+
+        Raises:
+          ExportError: a platform is none of those that the function was exported for, or an option no name and value.
+        """
+        return self._with(compile_options=_checked_options(options, self.platforms))
 
     def named(self, name: str) -> Function:
         """The function under another name."""
@@ -225,12 +309,22 @@ class Function:
             "package": self.package,
             "engine": self._engine_name,
             "mesh": self.mesh,
+            "compile_options": self.compile_options,
         }
         return Function(**{**parts, **changes})
 
     def __repr__(self) -> str:
         where = f" where {', '.join(self.signature.constraints)}" if self.signature.constraints else ""
         return f"Function {self.name}{self.signature}{where} for {', '.join(self.platforms)}"
+
+
+def _struct(leaf: Any) -> Any:
+    """A leaf, or what is like it, as ``jax.make_jaxpr`` takes it."""
+    if not isinstance(leaf, TensorSpec):
+        return leaf
+    if leaf.symbols:
+        raise ArgumentError("A jaxpr is made for sizes that are known.", expected="an int for each", found=str(leaf))
+    return to_jax([leaf])[0]
 
 
 def _lazy_leaves(arguments: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -252,6 +346,7 @@ def export(
     vjp_order: int = 0,
     allow_custom_calls: Collection[str] = (),
     metadata: Mapping[str, Any] | None = None,
+    compile_options: CompileOptions | None = None,
 ) -> Function:
     """Exports a function, for arguments that are like the given ones.
 
@@ -267,6 +362,8 @@ def export(
       vjp_order: up to which order ``jax.grad`` can go through the loaded function; 0 for not at all.
       allow_custom_calls: targets of custom calls beyond those that JAX promises to keep.
       metadata: what else to keep with it: None, bool, int, float, str, bytes, and lists and dicts of these.
+      compile_options: XLA's options, by platform, such as ``{"cpu": {"xla_cpu_enable_fast_min_max": True}}``. They
+        are kept and used whenever the function is compiled by itself or in a pipeline, not within another ``jax.jit``.
 
     Raises:
       ExportError: the function cannot be exported as it is.
@@ -313,7 +410,33 @@ def export(
         program,
         lambda: _placed([captures[leaf] for leaf in ordered]),
         metadata=metadata,
+        compile_options=_checked_options(compile_options or {}, platforms),
     )
+
+
+def _checked_options(options: CompileOptions, platforms: Sequence[str]) -> CompileOptions:
+    """Refuses options that XLA cannot be given.
+
+    Raises:
+      ExportError: a platform is none of the function's, or an option is no name and value.
+    """
+    for platform, own in options.items():
+        if platform not in platforms:
+            raise ExportError(
+                "Compile options are given for a platform that the function is not exported for.",
+                field="compile_options",
+                expected=", ".join(platforms),
+                found=str(platform),
+            )
+        for option, value in own.items():
+            if type(option) is not str or type(value) not in (bool, int, float, str):
+                raise ExportError(
+                    "A compile option is a name with a bool, int, float or str.",
+                    field="compile_options",
+                    expected='such as {"cpu": {"xla_cpu_enable_fast_min_max": True}}',
+                    found=f"{option!r}: {value!r:.80}",
+                )
+    return {platform: dict(own) for platform, own in options.items()}
 
 
 def _placed(values: list[Any]) -> list[Any]:

@@ -12,7 +12,8 @@ from obmlite import _arrays
 from obmlite._promises import durable
 from obmlite.errors import ObmliteError, context
 from obmlite.io.store import LocalDirectory
-from obmlite.loading import function_signature, open_manifest
+from obmlite.loading import function_signature, open_manifest, open_model
+from obmlite.model import Model
 from obmlite.schema import records as r
 from obmlite.schema.decode import decode
 from obmlite.signature import Signature
@@ -23,8 +24,13 @@ LEAVES = 40
 """Leaves that a listing for people shows unless told otherwise."""
 
 
-def listing(path: str | os.PathLike[str]) -> dict[str, Any]:
+def listing(path: str | os.PathLike[str], *, operations: bool = False) -> dict[str, Any]:
     """Everything that the manifest says, but digests and leaves' places, as plain data for JSON.
+
+    Args:
+      path: the package's directory.
+      operations: whether to list each function's operations too, and which of them are not replayed; its file is read
+        for this.
 
     Raises:
       PackageNotFoundError: there is no package at the path.
@@ -34,6 +40,9 @@ def listing(path: str | os.PathLike[str]) -> dict[str, Any]:
     store = LocalDirectory(path)
     with context(package=store.name):
         manifest = decode(open_manifest(store))
+    describe = functools.partial(_function, manifest)
+    if operations:
+        describe = functools.partial(_with_operations, describe, open_model(store, manifest))
     return {
         "package": store.name,
         "format": f"{manifest.format[0]}.{manifest.format[1]}",
@@ -41,12 +50,16 @@ def listing(path: str | os.PathLike[str]) -> dict[str, Any]:
         "digest": manifest.digest.hex(),
         "files": {f.path: f.length for f in manifest.files.values()},
         "nbytes": sum(f.length for f in manifest.files.values()),
-        "functions": _each(manifest.functions, functools.partial(_function, manifest)),
+        "functions": _each(manifest.functions, describe),
         "weights": _each(manifest.weights, _weights),
         "pipelines": _each(manifest.pipelines, _pipeline),
-        "polymorphic": _each(manifest.polymorphic, lambda p: {"functions": list(p.functions)}),
-        "supplementals": _each(manifest.supplementals, _supplemental),
+        "polymorphic": _each(manifest.polymorphic, _polymorphic),
+        "supplementals": _each(manifest.supplementals, functools.partial(_supplemental, manifest)),
         "default_pipeline": manifest.default_pipeline,
+        "device_assignment": [
+            {"id": d.id, **({} if d.coords is None else {"coords": list(d.coords), "core_on_chip": d.core_on_chip})}
+            for d in manifest.device_assignment
+        ],
         "metadata": dict(manifest.metadata),
     }
 
@@ -108,7 +121,18 @@ def _function(manifest: r.ManifestRecord, record: r.FunctionRecord) -> dict[str,
         "dialects": list(module.dialects),
         "durable": durable(module.dialects),
         "nbytes": manifest.files[module.file].length,
+        "compile_options": {platform: dict(options) for platform, options in record.compile_options.items()},
+        "visibility": record.visibility.name.lower(),
         "metadata": dict(record.metadata),
+    }
+
+
+def _with_operations(describe: Any, model: Model, record: r.FunctionRecord) -> dict[str, Any]:
+    function = model.functions[record.name]
+    return {
+        **describe(record),
+        "operations": function.operations,
+        "not_replayed": [str(reason) for reason in function.replayable.reasons],
     }
 
 
@@ -131,6 +155,7 @@ def _weights(record: r.WeightsRecord) -> dict[str, Any]:
         "dtypes": dict(dtypes.most_common()),
         "nbytes": sum(leaf["nbytes"] for leaf in leaves if "tied_to" not in leaf),
         "files": sorted({piece.file for pieces in record.pieces for piece in pieces}),
+        "visibility": record.visibility.name.lower(),
         "metadata": dict(record.metadata),
     }
 
@@ -146,17 +171,29 @@ def _pipeline(record: r.PipelineRecord) -> dict[str, Any]:
             for s in record.steps
         ],
         "pass_through": record.pass_through,
+        "visibility": record.visibility.name.lower(),
         "metadata": dict(record.metadata),
     }
 
 
-def _supplemental(record: r.SupplementalRecord) -> dict[str, Any]:
+def _polymorphic(record: r.PolymorphicRecord) -> dict[str, Any]:
+    return {
+        "functions": list(record.functions),
+        "visibility": record.visibility.name.lower(),
+        "metadata": dict(record.metadata),
+    }
+
+
+def _supplemental(manifest: r.ManifestRecord, record: r.SupplementalRecord) -> dict[str, Any]:
+    lengths = [manifest.files[path].length for path in record.entries.values() if path is not None]
     return {
         "mime_type": record.mime_type,
         "version": record.version,
         "function": record.function,
         "form": record.form.name.lower(),
         "entries": list(record.entries),
+        "nbytes": sum(lengths) + len(record.inline),
+        "metadata": dict(record.metadata),
     }
 
 
@@ -200,6 +237,12 @@ def _package_text(found: Mapping[str, Any]) -> Iterator[str]:
             default = kind == "pipelines" and name == found["default_pipeline"]
             for n, line in enumerate(_summary(kind, name, entry)):
                 yield f"{'  ' if n == 0 else '      '}{line}{' (default)' if default and n == 0 else ''}"
+            if kind == "functions":
+                yield from (f"      {line}".rstrip() for line in _operations_text(entry))
+    if found["device_assignment"]:
+        yield ""
+        yield "device assignment"
+        yield from (f"  {_device(device)}" for device in found["device_assignment"])
     if found["metadata"]:
         yield ""
         yield "metadata"
@@ -207,7 +250,21 @@ def _package_text(found: Mapping[str, Any]) -> Iterator[str]:
             yield f"  {key}: {value}"
 
 
+def _device(device: Mapping[str, Any]) -> str:
+    coords = f" at {','.join(map(str, device['coords']))}, core {device['core_on_chip']}" if "coords" in device else ""
+    return f"device {device['id']}{coords}"
+
+
 def _summary(kind: str, name: str, entry: Mapping[str, Any]) -> Iterator[str]:
+    if entry.get("visibility") == "private":
+        lines = _lines(kind, name, entry)
+        yield f"{next(lines)} (private)"
+        yield from lines
+    else:
+        yield from _lines(kind, name, entry)
+
+
+def _lines(kind: str, name: str, entry: Mapping[str, Any]) -> Iterator[str]:
     if "error" in entry:
         yield f"{name}: {entry['error']} {entry['found'] or ''}".rstrip()
     elif kind == "functions":
@@ -232,11 +289,14 @@ def _summary(kind: str, name: str, entry: Mapping[str, Any]) -> Iterator[str]:
         for step in entry["steps"]:
             bound = "".join(f", {argument} = {weights}" for argument, weights in step["weights"].items())
             steps.append(f"{step['function']}{bound}")
-        yield f"{name}: {' → '.join(steps)}"
+        yield f"{name}: {' → '.join(steps)}{' (with a value passed by)' if entry['pass_through'] else ''}"
     elif kind == "polymorphic":
         yield f"{name}: {', '.join(entry['functions'])}"
     else:
-        yield f"{name}: {entry['form']} {entry['mime_type']} {entry['version']}".rstrip()
+        files = f" of {len(entry['entries'])} files" if entry["form"] == "directory" else ""
+        owner = f", of {entry['function']}" if entry["function"] else ""
+        kind = f"{entry['mime_type']} {entry['version']}".strip()
+        yield f"{name}: {entry['form']}{files}, {size(entry['nbytes'])}{f', {kind}' if kind else ''}{owner}"
 
 
 def _object_text(kind: str, name: str, entry: Mapping[str, Any], leaves: int | None) -> Iterator[str]:
@@ -258,17 +318,34 @@ def _object_text(kind: str, name: str, entry: Mapping[str, Any], leaves: int | N
             "calling convention": entry["calling_convention"],
             "custom calls": ", ".join(entry["custom_calls"]) or "none",
             "dialects": ", ".join(entry["dialects"]),
+            **{
+                f"compiled for {platform} with": ", ".join(f"{option}={value}" for option, value in options.items())
+                for platform, options in entry["compile_options"].items()
+            },
         }
         yield from (f"  {key}: {value}" for key, value in facts.items() if value)
+        yield from _operations_text(entry)
     if kind == "weights" and "error" not in entry:
         for file in entry["files"]:
             yield f"      {file}"
         yield ""
         yield from _rows(entry["leaves"], leaves)
+    if kind == "supplementals" and "error" not in entry:
+        yield from (f"      {path}" for path in entry["entries"])
     if entry.get("metadata"):
         yield ""
         yield "metadata"
         yield from (f"  {key}: {value}" for key, value in entry["metadata"].items())
+
+
+def _operations_text(entry: Mapping[str, Any]) -> Iterator[str]:
+    if "operations" in entry:
+        yield ""
+        yield "operations"
+        yield from (f"  {count:6,} {operation}" for operation, count in entry["operations"].items())
+        yield ""
+        yield "not replayed" if entry["not_replayed"] else "replayable"
+        yield from (f"  {reason}" for reason in entry["not_replayed"])
 
 
 def _captured(captures: Sequence[Mapping[str, Any]]) -> str:

@@ -7,75 +7,81 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from obmlite import _coordination, _engine
+from obmlite import _assembling, _coordination, examples
 from obmlite import tree as trees
+from obmlite._constructors import DEFAULT_PIPELINE, Constructors
 from obmlite._names import Names
-from obmlite.errors import (
-    ArgumentError,
-    ExportError,
-    ObmliteError,
-    context,
-)
-from obmlite.function import Function, adopt, export, function_name
+from obmlite.errors import ArgumentError, ObmliteError, context
+from obmlite.function import Function
 from obmlite.pipeline import BoundPipeline, Pipeline
+from obmlite.polymorphic import Polymorphic, PolymorphicFunction
+from obmlite.schema.records import DeviceRecord, Visibility
 from obmlite.signature import Signature
+from obmlite.supplemental import Supplemental
 from obmlite.weights import Weights, count_leaves, size
 
 if TYPE_CHECKING:
-    from obmlite.frameworks._calls import ModuleCall
+    from obmlite.validation import Validation
 
 __all__ = ["Model"]
 
-DEFAULT_PIPELINE = "serving_default"
 
-_OPTIONS = frozenset({"name", "constraints", "platforms", "vjp_order", "allow_custom_calls", "metadata"})
-"""What the frameworks' own constructors hand on to :meth:`Model.from_function`."""
-
-
-class Model:
+class Model(Constructors):
     """Named functions and weights, and the pipelines that put them together.
 
     Args:
-      objects: functions (:func:`obmlite.export`) and :class:`obmlite.Weights` by name.
+      objects: functions (:func:`obmlite.export`), :class:`obmlite.Polymorphic` and :class:`obmlite.Weights` by name.
       pipelines: :class:`obmlite.Pipeline` by name.
-      default_pipeline: the one that calling the model runs; left out, the only one, or ``"serving_default"``.
+      default_pipeline: the one that calling the model runs; left out, the only public one, or ``"serving_default"``.
+      supplementals: :class:`obmlite.Supplemental` by name.
+      private: names of objects that are meant for the others only; everything else is public.
+      device_assignment: the devices that the model was made for, as :func:`obmlite.devices_of` lists a mesh's. They are
+        kept and shown, and change nothing.
       metadata: what else to keep: None, bool, int, float, str, bytes, and lists and dicts of these.
 
     Raises:
-      ArgumentError: a pipeline names what is not there, or weights that do not fit.
+      ArgumentError: a pipeline names what is not there, weights or a step that do not fit, or a supplemental names a
+        function that is not there.
     """
 
     def __init__(
         self,
-        objects: Mapping[str, Function | Weights],
+        objects: Mapping[str, Function | Polymorphic | PolymorphicFunction | Weights],
         *,
         pipelines: Mapping[str, Pipeline] | None = None,
         default_pipeline: str | None = None,
+        supplementals: Mapping[str, Supplemental] | None = None,
+        private: Collection[str] = (),
+        device_assignment: Sequence[DeviceRecord] = (),
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        pipelines = dict(pipelines or {})
-        for name in [*objects, *pipelines]:
-            _check_name(name)
-        for name, value in objects.items():
-            if not isinstance(value, (Function, Weights)):
-                raise ArgumentError(
-                    "An object of a model is neither a function nor weights.",
-                    object=name,
-                    expected="obmlite.export(…) or obmlite.Weights(…)",
-                    found=type(value).__qualname__,
-                )
         trees.pack_static(dict(metadata or {}))
-        functions, captures = adopt({n: v.named(n) for n, v in objects.items() if isinstance(v, Function)})
-        for name in captures.keys() & objects.keys():
-            raise ArgumentError(
-                "A function's captured arrays are to have a name that is taken.", object=name, fix="rename that object"
-            )
-        weights = {**{n: v for n, v in objects.items() if isinstance(v, Weights)}, **captures}
-        default = default_pipeline or (DEFAULT_PIPELINE if DEFAULT_PIPELINE in pipelines else "")
+        pipelines, supplementals = dict(pipelines or {}), dict(supplementals or {})
+        parts = _assembling.assemble(objects, [private] if isinstance(private, str) else private)
+        _assembling.check_supplementals(supplementals, parts)
+        default = default_pipeline or ""
+        if not default and DEFAULT_PIPELINE in pipelines:
+            public = _assembling.visibility_of(pipelines[DEFAULT_PIPELINE].visibility) is Visibility.PUBLIC
+            default = DEFAULT_PIPELINE if public else ""
         if default and default not in pipelines:
             raise ArgumentError("The default pipeline is not there.", object=default, expected=", ".join(pipelines))
-        bound = {name: _bind(name, pipeline, functions, weights) for name, pipeline in pipelines.items()}
-        self._set(functions, weights, bound, default, dict(metadata or {}), None)
+        bound = _assembling.bind(pipelines, parts, supplementals)
+        if default and bound[default].visibility is Visibility.PRIVATE:
+            raise ArgumentError("The default pipeline is private.", object=default, expected="a public pipeline")
+        kept = dict.fromkeys(parts.private, Visibility.PRIVATE)
+        names = [*parts.functions, *parts.polymorphic, *parts.weights]
+        self._set(
+            parts.functions,
+            parts.weights,
+            bound,
+            default,
+            dict(metadata or {}),
+            None,
+            polymorphic=parts.polymorphic,
+            supplementals=supplementals,
+            visibility=Names(names, lambda name: kept.get(name, Visibility.PUBLIC)),
+            device_assignment=device_assignment,
+        )
 
     def _set(
         self,
@@ -85,14 +91,24 @@ class Model:
         default: str,
         metadata: Mapping[str, Any],
         path: str | None,
+        *,
+        polymorphic: Mapping[str, PolymorphicFunction] | None = None,
+        supplementals: Mapping[str, Supplemental] | None = None,
+        visibility: Mapping[str, Visibility] | None = None,
+        device_assignment: Sequence[DeviceRecord] = (),
     ) -> None:
         self.functions = Names.over(functions)
+        self.polymorphic = Names.over(polymorphic or {})
         self.weights = Names.over(weights)
         self.pipelines = Names.over(pipelines)
-        self.supplementals: Mapping[str, Any] = Names.over({})
+        self.supplementals = Names.over(supplementals or {})
         self.default_pipeline = default
+        self.device_assignment = tuple(device_assignment)
         self.metadata = metadata
         self.path = path
+        if visibility is None:
+            visibility = Names(list(self.objects), lambda _: Visibility.PUBLIC)
+        self.visibility: Mapping[str, Visibility] = visibility
 
     @classmethod
     def of_parts(
@@ -103,295 +119,28 @@ class Model:
         default: str,
         metadata: Mapping[str, Any],
         path: str | None,
+        **others: Any,
     ) -> Model:
-        """A model of parts that fit together already, as those of a package do."""
+        """A model of parts that fit together already, as those of a package do.
+
+        Args:
+          functions: by name, as all mappings here.
+          weights: the weights.
+          pipelines: the pipelines.
+          default: the default pipeline; empty for none.
+          metadata: what the user attached.
+          path: the package that they are of.
+          **others: polymorphic, supplementals, visibility and device_assignment, where there are any.
+        """
         self = cls.__new__(cls)
-        self._set(functions, weights, pipelines, default, metadata, path)
+        self._set(functions, weights, pipelines, default, metadata, path, **others)
         return self
 
     @property
-    def objects(self) -> Mapping[str, Function | Weights]:
-        """Functions and weights, by name."""
-        names = [*self.functions, *self.weights]
-        return Names(names, lambda n: self.functions[n] if n in self.functions else self.weights[n])
-
-    @classmethod
-    def from_function(
-        cls,
-        fn: Callable[..., Any],
-        *args: Any,
-        kwargs: Mapping[str, Any] | None = None,
-        static: str | Sequence[str] = (),
-        name: str | None = None,
-        weights: int | str | Sequence[int | str] | Mapping[str, str] | None = 0,
-        constraints: str | Sequence[str] = (),
-        platforms: str | Sequence[str] = _engine.PLATFORMS,
-        vjp_order: int = 0,
-        allow_custom_calls: Collection[str] = (),
-        metadata: Mapping[str, Any] | None = None,
-    ) -> Model:
-        """A model of one function and its weights.
-
-        ``Model.from_function(apply, params, jax.ShapeDtypeStruct((8, 28, 28, 1), "float32"))``: the first argument
-        is the weights, of the others only shape and dtype matter. Calling the model calls the function with the
-        weights in their place.
-
-        Args:
-          fn: the function; jitted or not.
-          *args: its arguments, as for :func:`obmlite.export`; those that are weights are saved.
-          kwargs: arguments to be given by keyword.
-          static: names of arguments whose values are fixed now.
-          name: the function's name in the package; its own if not given.
-          weights: which arguments are weights: a position, an argument's name, several of these, or a mapping from
-            argument to the name that its weights get. None for a function without. They are named like the arguments.
-          constraints: what symbols in the shapes must satisfy, such as ``"b <= 16"``.
-          platforms: of ``"cpu"``, ``"cuda"``, ``"rocm"`` and ``"tpu"``, those that it is to run on.
-          vjp_order: up to which order ``jax.grad`` can go through the loaded function; 0 for not at all.
-          allow_custom_calls: targets of custom calls beyond those that JAX promises to keep.
-          metadata: what else to keep with the package.
-
-        Raises:
-          ExportError: the function cannot be exported as it is.
-          LeafError: the weights, an argument or a result hold something that is neither an array nor a number.
-        """
-        names = _argument_names(fn, len(args), list(kwargs or {}))
-        chosen = _chosen(weights, names)
-        values = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
-        objects: dict[str, Function | Weights] = {}
-        for argument, own in chosen.items():
-            if argument not in values:
-                raise ExportError(
-                    "An argument that is to be weights was not given.",
-                    field="weights",
-                    expected=f"some of {', '.join(values)}",
-                    found=argument,
-                )
-            if own in objects:
-                raise ExportError("Two arguments' weights are to have one name.", field="weights", found=own)
-            hint = "the first argument is the weights; weights= names another one, and weights=None none"
-            with context(object=own, fix=hint):
-                objects[own] = Weights(values[argument])
-        own_name = name or function_name(fn)
-        if own_name in objects:
-            raise ExportError("The function and its weights have one name.", object=own_name, fix="give name=")
-        function = export(
-            fn,
-            *args,
-            kwargs=kwargs,
-            static=static,
-            name=own_name,
-            constraints=constraints,
-            platforms=platforms,
-            vjp_order=vjp_order,
-            allow_custom_calls=allow_custom_calls,
-        )
-        function = function.bound_to(chosen)
-        return cls(
-            {own_name: function, **objects},
-            pipelines={DEFAULT_PIPELINE: Pipeline(function=own_name, weights=chosen)},
-            metadata=metadata,
-        )
-
-    @classmethod
-    def from_functions(
-        cls,
-        functions: Mapping[str, Sequence[Any]],
-        *,
-        weights: int | str | Sequence[int | str] | Mapping[str, str] | None = 0,
-        static: str | Sequence[str] = (),
-        constraints: str | Sequence[str] = (),
-        platforms: str | Sequence[str] = _engine.PLATFORMS,
-        vjp_order: int = 0,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> Model:
-        """A model of several functions, which may share weights.
-
-        ``Model.from_functions({"encode": (enc, params, x), "decode": (dec, params, z)})``. Each function gets a
-        pipeline of its name, with its weights bound. Weights that are the same arrays under one name are saved once.
-
-        Args:
-          functions: name → the function and its arguments, as for :meth:`from_function`.
-          weights: which arguments are weights, as for :meth:`from_function`; for each function alike.
-          static: names of arguments whose values are fixed; each function has those that it takes.
-          constraints: what symbols must satisfy; each function has those whose symbols it uses.
-          platforms: as for :func:`obmlite.export`.
-          vjp_order: as for :func:`obmlite.export`.
-          metadata: what else to keep with the package.
-
-        Raises:
-          ExportError: a function cannot be exported, or different weights have one name.
-          LeafError: weights, an argument or a result hold something that is neither an array nor a number.
-        """
-        from obmlite import _exporting
-
-        objects: dict[str, Function | Weights] = {}
-        pipelines: dict[str, Pipeline] = {}
-        statics = [static] if isinstance(static, str) else list(static)
-        texts = [constraints] if isinstance(constraints, str) else list(constraints)
-        for name, (fn, *args) in functions.items():
-            names = _argument_names(fn, len(args), [])
-            model = cls.from_function(
-                fn,
-                *args,
-                static=[s for s in statics if s in names],
-                name=name,
-                weights=weights,
-                constraints=[text for text in texts if _exporting.uses(text, args)],
-                platforms=platforms,
-                vjp_order=vjp_order,
-            )
-            objects[name] = model.functions[name]
-            bound = {b.argument: b.weights for b in model.functions[name].bindings}
-            pipelines[name] = Pipeline(function=name, weights=bound)
-            for own in bound.values():
-                if own in objects and not _same(objects[own], model.weights[own]):
-                    raise ExportError(
-                        "Different weights have one name.",
-                        object=own,
-                        found=f"those of {name} and those of another function",
-                        fix="give the functions' parameters different names, or put Model(…) together by hand",
-                    )
-                objects.setdefault(own, model.weights[own])
-        return cls(objects, pipelines=pipelines, metadata=metadata)
-
-    # --- from frameworks
-
-    @classmethod
-    def from_linen(
-        cls, module: Any, variables: Any, *args: Any, method: Any = None, mutable: Any = False, **keywords: Any
-    ) -> Model:
-        """A model of a Flax Linen module: ``Model.from_linen(module, variables, x, train=False)``.
-
-        The function is ``module.apply``, its weights are ``variables``, all collections of them.
-
-        Args:
-          module: the module.
-          variables: what ``module.init`` returned, trained: a dict or ``FrozenDict``, boxed leaves or not.
-          *args: the module's arguments, of which shape and dtype matter.
-          method: the module's method, as for ``apply``; its name is then the function's.
-          mutable: collections that are returned beside the result, as for ``apply``.
-          **keywords: options of :meth:`from_function` (name, constraints, platforms, vjp_order, allow_custom_calls,
-            metadata); all others are the module's, or those of ``apply``. Without arrays in them they are fixed.
-
-        Raises:
-          ExportError: the function cannot be exported as it is.
-          LeafError: the variables, an argument or a result hold what is neither an array nor a number.
-        """
-        from obmlite.frameworks import linen
-
-        options, own = _options(keywords)
-        return cls._of_call(linen.call(module, variables, args, own, method=method, mutable=mutable), options)
-
-    @classmethod
-    def from_nnx(
-        cls, module: Any, *args: Any, method: str | None = None, mutable: bool = False, **keywords: Any
-    ) -> Model:
-        """A model of a Flax NNX module: ``Model.from_nnx(module, x)``.
-
-        The function's weights are the module's ``state``, in which shared variables are there once.
-
-        Args:
-          module: the module, as it is to be used: after ``module.eval()``, say.
-          *args: the module's arguments, of which shape and dtype matter.
-          method: the name of a method other than ``__call__``.
-          mutable: whether to return the new state beside the result.
-          **keywords: as for :meth:`from_linen`.
-
-        Raises:
-          ExportError: the function cannot be exported as it is.
-          LeafError: the state, an argument or a result hold what is neither an array nor a number.
-        """
-        from obmlite.frameworks import nnx
-
-        options, own = _options(keywords)
-        return cls._of_call(nnx.call(module, args, own, method=method, mutable=mutable), options)
-
-    @classmethod
-    def from_haiku(
-        cls,
-        transformed: Any,
-        params: Any,
-        *args: Any,
-        state: Any = None,
-        rng: Any = None,
-        mutable: bool = False,
-        **keywords: Any,
-    ) -> Model:
-        """A model of a function that Haiku transformed: ``Model.from_haiku(transformed, params, x, state=state)``.
-
-        Args:
-          transformed: what ``hk.transform`` or ``hk.transform_with_state`` returned.
-          params: the parameters.
-          *args: the function's arguments, of which shape and dtype matter.
-          state: the state, for a function that has one. It is saved beside the parameters.
-          rng: a key like the one that calls will give as ``rng=``; None for a function that draws nothing.
-          mutable: whether to return the new state beside the result.
-          **keywords: as for :meth:`from_linen`.
-
-        Raises:
-          ExportError: the function cannot be exported as it is, or ``state`` does not fit it.
-          LeafError: weights, an argument or a result hold what is neither an array nor a number.
-        """
-        from obmlite.frameworks import haiku
-
-        options, own = _options(keywords)
-        call = haiku.call(transformed, params, args, own, state=state, rng=rng, mutable=mutable)
-        return cls._of_call(call, options)
-
-    @classmethod
-    def from_objax(cls, module: Any, *args: Any, mutable: bool = False, **keywords: Any) -> Model:
-        """A model of an Objax module: ``Model.from_objax(module, x, training=False)``.
-
-        The function's weights are ``variables``, the module's ``vars()``; the module is not changed.
-
-        Args:
-          module: the module.
-          *args: the module's arguments, of which shape and dtype matter.
-          mutable: whether to return the new values of all variables, by name, beside the result.
-          **keywords: as for :meth:`from_linen`.
-
-        Raises:
-          ExportError: the function cannot be exported as it is.
-          LeafError: a variable, an argument or a result hold what is neither an array nor a number.
-        """
-        from obmlite.frameworks import objax
-
-        options, own = _options(keywords)
-        return cls._of_call(objax.call(module, args, own, mutable=mutable), options)
-
-    @classmethod
-    def from_equinox(cls, module: Any, *args: Any, state: Any = None, mutable: bool = False, **keywords: Any) -> Model:
-        """A model of an Equinox module: ``Model.from_equinox(module, x)``.
-
-        The arrays of the module are saved; what else it holds is as it is now, as after ``eqx.nn.inference_mode``.
-        For a batch, give :meth:`from_function` the call: ``lambda module, x: jax.vmap(module)(x)``.
-
-        Args:
-          module: the module.
-          *args: its arguments, of which shape and dtype matter.
-          state: an ``eqx.nn.State``, given to the module after these. It is saved beside the module.
-          mutable: whether to return the new state beside the result.
-          **keywords: as for :meth:`from_linen`.
-
-        Raises:
-          ExportError: the function cannot be exported as it is.
-          LeafError: an argument or a result hold what is neither an array nor a number.
-        """
-        from obmlite.frameworks import equinox
-
-        options, own = _options(keywords)
-        return cls._of_call(equinox.call(module, args, own, state=state, mutable=mutable), options)
-
-    @classmethod
-    def _of_call(cls, call: ModuleCall, options: Mapping[str, Any]) -> Model:
-        return cls.from_function(
-            call.fn,
-            *call.args,
-            kwargs=call.kwargs,
-            static=call.static,
-            weights=call.weights,
-            **{"name": call.name, **options},
-        )
+    def objects(self) -> Mapping[str, Function | PolymorphicFunction | Weights]:
+        """Functions, polymorphic functions and weights, by name."""
+        groups: list[Mapping[str, Any]] = [self.functions, self.polymorphic, self.weights]
+        return Names([n for group in groups for n in group], lambda n: next(g[n] for g in groups if n in g))
 
     # --- using
 
@@ -413,12 +162,15 @@ class Model:
         """
         if self.default_pipeline:
             return self.pipelines[self.default_pipeline]
-        if len(self.pipelines) == 1:
-            return next(iter(self.pipelines.values()))
+        public = list(self.pipelines)
+        if len(public) > 1:  # one may be the only one that is not private; others need not even be readable
+            public = [n for n in self.pipelines if self.pipelines[n].visibility is Visibility.PUBLIC]
+        if len(public) == 1 and (found := self.pipelines[public[0]]).visibility is Visibility.PUBLIC:
+            return found
         raise ArgumentError(
             "The model has no default pipeline.",
             package=self.path,
-            expected="default_pipeline=, or exactly one pipeline",
+            expected="default_pipeline=, or exactly one public pipeline",
             found=", ".join(self.pipelines) or "no pipelines",
             fix="call one of model.pipelines or model.functions",
         )
@@ -460,12 +212,63 @@ class Model:
             with context(object=name, package=self.path):
                 weights[name] = own.restored(shardings=given.get(name), **options)
 
-        def pipeline(name: str) -> BoundPipeline:
-            old = self.pipelines[name]
-            return BoundPipeline(name, old.function, old.bindings, weights, old.metadata)
+        pipelines = Names(list(self.pipelines), lambda name: self.pipelines[name].over(weights))
+        return self._with(weights=weights, pipelines=pipelines)
 
-        pipelines = Names(list(self.pipelines), pipeline)
-        return Model.of_parts(self.functions, weights, pipelines, self.default_pipeline, self.metadata, self.path)
+    @property
+    def examples(self) -> dict[str, list[dict[str, Any]]]:
+        """Example inputs: pipeline → for each example its arguments by name, as numpy arrays; empty without any.
+
+        Raises:
+          CorruptPackageError: they are not those that were saved.
+        """
+        return examples.examples_of(self.supplementals)
+
+    def with_examples(self, *inputs: Any, pipeline: str | None = None) -> Model:
+        """The model with example inputs, which are saved with it, for trying it and for warming it up.
+
+        Args:
+          *inputs: for each example its arguments: a tuple of positional ones, a dict of them by name, or one argument.
+          pipeline: that they are for; the default one if left out.
+
+        Raises:
+          ArgumentError: an example does not match the pipeline's signature.
+        """
+        own = examples.with_examples(self, inputs, pipeline)
+        return self._with(supplementals={**self.supplementals, examples.NAME: own})
+
+    def _with(self, **changes: Any) -> Model:
+        parts: dict[str, Any] = {
+            "functions": self.functions,
+            "weights": self.weights,
+            "pipelines": self.pipelines,
+            "default": self.default_pipeline,
+            "metadata": self.metadata,
+            "path": self.path,
+            "polymorphic": self.polymorphic,
+            "supplementals": self.supplementals,
+            "visibility": self.visibility,
+            "device_assignment": self.device_assignment,
+        }
+        return Model.of_parts(**{**parts, **changes})
+
+    def validate(self, inputs: Sequence[Any], reference: Callable[..., Any], **options: Any) -> Validation:
+        """Compares the default pipeline with another function on the same inputs, and times both.
+
+        Args:
+          inputs: for each call its arguments: a tuple of positional ones, a dict of them by name, or one argument.
+          reference: gives the expected results for the same arguments.
+          **options: rtol, atol, equal_nan and repeats, as for :func:`obmlite.validation.validate`.
+
+        Returns:
+          A report, which prints as a table; ``report.passed`` says whether all leaves are within the tolerances.
+
+        Raises:
+          ArgumentError: there are no inputs, or they do not match the signature.
+        """
+        from obmlite.validation import validate
+
+        return validate(self.pipeline, inputs, reference, **options)
 
     def save(
         self,
@@ -494,7 +297,8 @@ class Model:
           local: whether this process saves alone, to a path of its own, what is all on its own devices.
 
         Warns:
-          UserWarning: StableHLO's promise of compatibility does not cover a function, such as one that fixes its mesh.
+          UserWarning: StableHLO's promise of compatibility does not cover a function, such as one that fixes its mesh;
+            or it holds operations that the ``replay`` engine does not have, which the text lists.
 
         Raises:
           PackageExistsError: there is a package, or something that is no package.
@@ -513,6 +317,8 @@ class Model:
                     UserWarning,
                     stacklevel=2,
                 )
+            elif local or _coordination.process_index() == 0:
+                _warn_of_what_is_not_replayed(function)
         _saving.save(
             self,
             path,
@@ -525,11 +331,14 @@ class Model:
 
     def __repr__(self) -> str:
         lines = [f"Model{f' at {self.path}' if self.path else ''}"]
-        for heading, mapping in (
-            ("functions", self.functions),
-            ("weights", self.weights),
-            ("pipelines", self.pipelines),
-        ):
+        headings: dict[str, Mapping[str, Any]] = {
+            "functions": self.functions,
+            "polymorphic functions": self.polymorphic,
+            "weights": self.weights,
+            "pipelines": self.pipelines,
+            "supplementals": self.supplementals,
+        }
+        for heading, mapping in headings.items():
             if mapping:
                 lines.append(f"  {heading}")
             lines.extend(f"    {_line(mapping, name)}" for name in mapping)
@@ -538,23 +347,17 @@ class Model:
         return "\n".join(lines)
 
 
-def _options(keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keyword arguments apart: options of an export, and a module's own."""
-    options = {key: value for key, value in keywords.items() if key in _OPTIONS}
-    return options, {key: value for key, value in keywords.items() if key not in _OPTIONS}
-
-
-def _check_name(name: object) -> None:
-    """Refuses what is no name.
-
-    Raises:
-      ArgumentError: it is no text, is empty, or is not valid Unicode.
-    """
-    if not isinstance(name, str) or not name or name.encode(errors="ignore").decode() != name:
-        raise ArgumentError(
-            "An object or pipeline has a name that cannot be kept.",
-            expected="text that is not empty and valid Unicode",
-            found=ascii(name),
+def _warn_of_what_is_not_replayed(function: Function) -> None:
+    replayable = function.replayable
+    if not replayable:
+        where = "" if replayable.platforms == function.platforms else f" on {', '.join(replayable.platforms)}"
+        shown = "; ".join(map(str, replayable.reasons[:5]))
+        more = f"; … ({len(replayable.reasons)} in all)" if len(replayable.reasons) > 5 else ""
+        warnings.warn(
+            f"The function {function.name!r} is not replayable{where}: {shown}{more}. There, it will have no jax.vmap, "
+            "no jax.jvp and no derivatives but those saved with it.",
+            UserWarning,
+            stacklevel=3,
         )
 
 
@@ -567,67 +370,9 @@ def _line(mapping: Mapping[str, Any], name: str) -> str:
         return (
             f"{name}: {count_leaves(value.tree.num_leaves)}, {value.num_parameters:,} parameters, {size(value.nbytes)}"
         )
+    if isinstance(value, Supplemental):
+        return f"{name}: {repr(value).removeprefix('Supplemental: ')}"
+    if isinstance(value, PolymorphicFunction):
+        return f"{name}: {', '.join(f.name for f in value.functions)}"
     where = f" where {', '.join(value.signature.constraints)}" if value.signature.constraints else ""
     return f"{name}{value.signature}{where}"
-
-
-def _bind(
-    name: str, pipeline: Pipeline, functions: Mapping[str, Function], weights: Mapping[str, Weights]
-) -> BoundPipeline:
-    if pipeline.function not in functions:
-        raise ArgumentError(
-            "A pipeline names a function that is not there.",
-            object=name,
-            expected=", ".join(functions) or "a function",
-            found=pipeline.function,
-        )
-    function = functions[pipeline.function]
-    bindings = pipeline.bindings(function)
-    for binding in bindings:
-        if binding.weights not in weights:
-            raise ArgumentError(
-                "A pipeline names weights that are not there.",
-                object=name,
-                leaf=binding.argument,
-                expected=", ".join(weights) or "weights",
-                found=binding.weights,
-            )
-    return BoundPipeline(name, function, bindings, weights, pipeline.metadata)
-
-
-def _same(one: Function | Weights, other: Weights) -> bool:
-    """Whether two weights objects are the same arrays under the same names."""
-    if not isinstance(one, Weights) or one.names != other.names:
-        return False
-    return all(one.leaf(n).same_array(other.leaf(n)) for n in range(len(one.specs)))
-
-
-def _argument_names(fn: Callable[..., Any], count: int, keywords: Sequence[str]) -> list[str]:
-    """The names that positional arguments have in a signature."""
-    from obmlite import _exporting
-
-    given, _ = _exporting.name_arguments(fn, [None] * count, dict.fromkeys(keywords), ())
-    return [a.name for a in given if isinstance(a.place, int)]
-
-
-def _chosen(
-    weights: int | str | Sequence[int | str] | Mapping[str, str] | None, names: Sequence[str]
-) -> dict[str, str]:
-    """Argument → name of its weights."""
-    if weights is None:
-        return {}
-    if isinstance(weights, Mapping):
-        return dict(weights)
-    chosen: dict[str, str] = {}
-    for choice in [weights] if isinstance(weights, (int, str)) else weights:
-        if isinstance(choice, int) and not -len(names) <= choice < len(names):
-            raise ExportError(
-                "The argument that is to be weights was not given.",
-                field="weights",
-                expected=f"one of {len(names)} positional arguments",
-                found=str(choice),
-                fix="weights=None for a function without weights",
-            )
-        argument = names[choice] if isinstance(choice, int) else choice
-        chosen[argument] = argument
-    return chosen

@@ -146,6 +146,12 @@ class Signature:
             raise ArgumentError("An argument is missing.", leaf=", ".join(missing), expected=str(self))
         return {name: given[name] for name in names}
 
+    def spread(self, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Undoes :meth:`bind`: arguments by name, as a call gives them."""
+        kinds = dict(zip(self.arguments, self.argument_kinds, strict=True))
+        positional = tuple(arguments[name] for name, kind in kinds.items() if kind is not ArgumentKind.KEYWORD_ONLY)
+        return positional, {name: arguments[name] for name, kind in kinds.items() if kind is ArgumentKind.KEYWORD_ONLY}
+
     @staticmethod
     def _check_fixed(fixed: FixedArgument, value: Any) -> None:
         if fixed.held and type(value) is type(fixed.value) and value == fixed.value:

@@ -86,8 +86,11 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int], object] = 
         for name in mapping:
             attempt(lambda mapping=mapping, name=name: mapping[name])  # type: ignore[misc]
     model = open_model(store, manifest)
-    for name in model.pipelines:
-        attempt(lambda name=name: model.pipelines[name])  # type: ignore[misc]
+    made: tuple[Mapping[str, object], ...] = (model.polymorphic, model.pipelines, model.supplementals)
+    for mapping in made:
+        for name in mapping:
+            if not any(problem.object == name for problem in problems):  # once is enough
+                attempt(lambda mapping=mapping, name=name: mapping[name])  # type: ignore[misc]
     for record in manifest.files.values():
         if record.kind is not r.FileKind.WEIGHTS:
             attempt(lambda record=record: _check_file(store, record, manifest))  # type: ignore[misc]

@@ -814,6 +814,15 @@ class Supplemental(Object):
 
 
 @dataclass
+class Device:
+    """A device that a package was made for."""
+
+    number: int
+    coords: tuple[int, ...]  # of its chip; empty where they are not known
+    core: int | None
+
+
+@dataclass
 class Package:
     """All that a package holds."""
 
@@ -833,6 +842,7 @@ class Package:
     weights: dict[str, Weights]
     pipelines: dict[str, Pipeline]
     supplementals: dict[str, Supplemental]
+    devices: list[Device]  # that it was made for
     refused: dict[str, list[str]]  # objects that need features which this reader does not know, and these features
 
 
@@ -1099,6 +1109,12 @@ class Manifest:
         """A polymorphic function."""
         return Polymorphic(**self.head(table, name), functions=table.texts(4))
 
+    def device(self, table: Table) -> Device:
+        """A device of the device assignment."""
+        coords, core = tuple(table.column(1, "i4")), table.scalar(2, "I")
+        check(bool(coords) == bool(core), "a device with coordinates or a core alone")
+        return Device(table.scalar(0, "I"), coords, core - 1 if core else None)
+
     def pipeline(self, table: Table, name: str) -> Pipeline:
         """A pipeline."""
         roles = ("pre-processor", "model", "post-processor")
@@ -1167,7 +1183,8 @@ def check_names(package: Package) -> None:
         check(functions.issuperset(several.functions), f"{several.name}: no such function")
     for pipeline in package.pipelines.values():
         for step in pipeline.steps:
-            check(step.function in callables, f"{pipeline.name}: no function {step.function!r}")
+            known_here = callables | set(package.supplementals)  # some supplementals describe steps
+            check(step.function in known_here, f"{pipeline.name}: no function {step.function!r}")
             bound(step.bindings)
     for attached in package.supplementals.values():
         check(attached.function in callables | {""}, f"{attached.name}: no function {attached.function!r}")
@@ -1280,6 +1297,7 @@ def read_package(path: str | os.PathLike[str]) -> Package:
         weights=manifest.objects(14, "weights", manifest.weights),
         pipelines=manifest.objects(15, "pipeline", manifest.pipeline),
         supplementals=manifest.objects(16, "supplemental", manifest.supplemental),
+        devices=[manifest.device(item) for item in root.tables(20)],
         refused=manifest.refused,
     )
     check_names(package)

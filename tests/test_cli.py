@@ -166,3 +166,126 @@ def test_as_a_module_and_into_a_closed_pipe(package: pathlib.Path) -> None:
             [sys.executable, "-m", "obmlite", "show", str(package)], stdout=closed, stderr=subprocess.PIPE, check=False
         )
     assert piped.stderr == b""
+
+
+# --- run, extract, diff
+
+
+@pytest.fixture
+def served(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A package with an example, a supplemental, a private pipeline and fixed batch sizes."""
+    model = obmlite.Model.from_function(
+        lambda params, x, /, *, scale: {"y": (x @ params["w"]) * scale["by"], "rows": x[:, 0]},
+        {"w": np.eye(4, dtype="f4")},
+        obmlite.spec("f32[b,4]"),
+        kwargs={"scale": obmlite.spec({"by": "f32[]"})},
+        name="apply",
+        symbol_values={"b": (2, 8)},
+        compile_options={"cpu": {"xla_cpu_enable_fast_min_max": True}},
+    )
+    made = obmlite.Model(
+        {"apply": model.polymorphic["apply"], "params": model.weights["params"]},
+        pipelines={
+            "serving_default": obmlite.Pipeline(function="apply", weights={"params": "params"}),
+            "inner": obmlite.Pipeline(function="apply", weights={"params": "params"}, visibility="private"),
+        },
+        supplementals={"notes": obmlite.Supplemental.from_bytes(b"hello", mime_type="text/plain", function="apply")},
+    )
+    made.save(tmp_path / "served.obm")
+    return tmp_path / "served.obm"
+
+
+def test_show_pipelines_and_what_else_there_is(served: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "show", served)
+    for text in (
+        "apply: apply.0, apply.1",
+        "apply.0(params: {w: f32[4,4]}, x: f32[2,4], *, scale: {by: f32[]}) -> {rows: f32[2], y: f32[2,4]} (private)",
+        "inner: apply, params = params (private)",
+        "notes: inline, 5 B, text/plain, of apply",
+    ):
+        assert text in out
+    _, out, _ = run(capsys, "show", served, "apply.0")
+    assert "compiled for cpu with: xla_cpu_enable_fast_min_max=True" in out
+
+
+def test_run(served: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x, by = np.arange(8, dtype="f4").reshape(2, 4), np.float32(3)
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "by.npy", by)
+    inputs = ["--input", f"x={tmp_path / 'x.npy'}", "--input", f"scale.by={tmp_path / 'by.npy'}"]
+    code, out, err = run(capsys, "run", served, *inputs, "--output", f"y={tmp_path / 'y.npy'}")
+    assert (code, err) == (0, "")
+    assert "y.npy" in out
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), x * 3)
+    assert run(capsys, "run", served, "inner", *inputs, "--output", tmp_path / "all.npz")[0] == 0
+    with np.load(tmp_path / "all.npz") as found:
+        assert sorted(found) == ["rows", "y"]
+    code, out, _ = run(capsys, "run", served, *inputs)
+    assert out.splitlines() == ["rows: f32[2]  [0., 4.]", "y: f32[2,4]  [[ 0.,  3.,  6.,  9.], [12., 15., 18., 21.]]"]
+    np.savez(tmp_path / "in.npz", **{"x": x[:1].repeat(3, 0), "scale.by": by})
+    code, _, err = run(capsys, "run", served, "--input", tmp_path / "in.npz")
+    assert code == 1
+    assert "No concrete function takes these arguments." in err
+    code, out, _ = run(capsys, "run", served, "--input", tmp_path / "in.npz", "--pad-batch")
+    assert out.startswith("rows: f32[3]")
+
+
+def test_run_examples(served: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "run", served)
+    assert code == 2
+    assert "no examples" in err
+    example = {"x": np.ones((2, 4), "f4"), "scale": {"by": np.float32(2)}}
+    model = obmlite.load(served)
+    model.with_examples(example).save(tmp_path / "examples.obm")
+    code, out, err = run(capsys, "run", tmp_path / "examples.obm")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == "rows: f32[2]  [1., 1.]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--input", "x=absent.npy"], 1),
+        (["--input", "x=x.txt"], 1),
+        (["--input", "z=x.npy"], 1),
+        (["nothing"], 2),
+    ],
+)
+def test_run_with_wrong_inputs(
+    arguments: list[str], code: int, served: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(served.parent)
+    np.save("x.npy", np.ones((2, 4), "f4"))
+    found, _, err = run(capsys, "run", served, *arguments)
+    assert found == code
+    assert err
+
+
+def test_run_reads_no_pickles(served: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "x.npy", np.array([{}], object), allow_pickle=True)
+    code, _, err = run(capsys, "run", served, "--input", f"x={tmp_path / 'x.npy'}")
+    assert code == 1
+    assert "cannot be read" in err
+
+
+def test_extract(
+    served: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "extract", served, "notes")[0] == 0
+    assert (tmp_path / "notes").read_bytes() == b"hello"
+    assert run(capsys, "extract", served, "notes")[0] == 1  # there is something now
+    assert run(capsys, "extract", served, "notes", "--to", tmp_path / "there" / "n.txt")[0] == 0
+    assert (tmp_path / "there" / "n.txt").read_bytes() == b"hello"
+    assert run(capsys, "extract", served, "nothing")[0] == 2
+
+
+def test_diff(package: pathlib.Path, served: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "diff", package, package)
+    assert (code, out.strip()) == (0, f"{package} and {package} hold the same")
+    code, out, _ = run(capsys, "diff", package, served)
+    assert code == 1
+    assert "+ apply.0" in out
+    code, out, _ = run(capsys, "diff", package, served, "--json")
+    assert json.loads(out)["pipelines"]["only_b"] == ["inner"]
+    assert run(capsys, "diff", package, served.parent / "absent")[0] == 1

@@ -1,4 +1,4 @@
-"""The demo, as ``make demo`` runs it but with less training."""
+"""The demo, as ``make demo`` runs it but with less training, and the examples of models that are served and reused."""
 
 import pathlib
 import re
@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -88,3 +89,87 @@ def test_training_code_must_not_be_importable(demo, tmp_path):
     done = run(use, directory / "digits.obm", directory / "digits.npz", tmp_path / "digits.png", cwd=tmp_path)
     assert done.returncode != 0
     assert "the training code can be imported here" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def mnist(tmp_path_factory):
+    """What mnist.py printed for two versions, and for the highest again, and the directory that it wrote."""
+    directory = tmp_path_factory.mktemp("mnist")
+    calls = {
+        "symbolic": ["--num_epochs", 1, "--serving_batch_size=-1", "--model", "flax", "--model_version", 9],
+        "fixed": ["--num_epochs", 4, "--serving_batch_size", "1,16"],
+        "again": ["--nogenerate_model"],
+    }
+    texts = {}
+    for name, arguments in calls.items():
+        done = run("-W", "error", EXAMPLES / "mnist.py", "--model_path", "out", *arguments, cwd=directory)
+        assert done.returncode == 0, done.stdout + done.stderr
+        texts[name] = done.stdout
+    return texts, directory / "out"
+
+
+def accuracy(text):
+    return float(re.search(r"^accuracy on \d+ held-out digits: (\d\.\d+)$", text, re.MULTILINE)[1])
+
+
+def test_mnist_saves_batches_of_fixed_sizes(mnist):
+    texts, directory = mnist
+    assert "saved out/mnist/10\n" in texts["fixed"]  # the next number
+    model = obmlite.load(directory / "mnist")
+    assert [str(s.input_specs[0]) for s in model.pipeline.signatures] == ["f32[1,8,8,1]", "f32[16,8,8,1]"]
+    assert "0 of 170 " in texts["fixed"]  # 17 rows of ten numbers were compared
+    assert accuracy(texts["fixed"]) > 0.9
+
+
+def test_mnist_saves_one_function_for_every_batch_size(mnist):
+    texts, directory = mnist
+    assert "saved out/mnist/9\n" in texts["symbolic"]
+    model = obmlite.load(directory / "mnist", version=9)
+    assert str(model.signature.input_specs[0]) == "f32[b,8,8,1]"
+    assert model(np.zeros((3, 8, 8, 1), np.float32)).shape == (3, 10)
+
+
+def test_mnist_without_training_uses_the_highest_version(mnist):
+    texts, directory = mnist
+    assert "epoch" in texts["fixed"]
+    assert "epoch" not in texts["again"]
+    assert "Model at out/mnist/10\n" in texts["again"]
+    assert accuracy(texts["again"]) == accuracy(texts["fixed"])
+    assert (directory / "mnist.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_reuse(tmp_path):
+    texts, trained = {}, {}
+    for name, arguments in {"frozen": ["--model", "flax"], "finetuned": ["--finetune"]}.items():
+        small = ["--model_path", "out", "--num_epochs", 2, "--steps", 60]
+        done = run("-W", "error", EXAMPLES / "reuse.py", *small, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+        texts[name] = done.stdout
+        trained[name] = obmlite.load(tmp_path / "out" / "odd.obm").weights["params"]
+    assert "saved out/mnist_features/1\n" in texts["frozen"]
+    assert "saved out/mnist_features" not in texts["finetuned"]  # it is there
+    changes = {
+        name: dict(re.findall(r"^largest change of the (\w+)'s parameters: (\S+)$", text, re.MULTILINE))
+        for name, text in texts.items()
+    }
+    assert float(changes["frozen"]["extractor"]) == 0 < float(changes["frozen"]["head"])
+    assert float(changes["finetuned"]["extractor"]) > 0 < float(changes["finetuned"]["head"])
+    assert all(accuracy(text) > 0.85 for text in texts.values())
+    extractor = obmlite.load(tmp_path / "out" / "mnist_features").weights["variables"]
+    assert not any("classifier" in name for name in extractor.names)
+    loaded = jax.tree.leaves(extractor.restore())
+    for name, weights in trained.items():
+        found = jax.tree.leaves(weights.at("extractor").restore())
+        equal = [bool((a == b).all()) for a, b in zip(found, loaded, strict=True)]
+        assert equal == [name == "frozen"] * len(equal)
+
+
+def test_serving_pipeline(tmp_path):
+    done = run("-W", "error", EXAMPLES / "serving_pipeline.py", "--out", "out", "--steps", 30, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "bitwise equal to the three parts in one jax.jit: yes\n" in done.stdout
+    assert "the empty image: no digit\n" in done.stdout
+    assert accuracy(done.stdout) > 0.5
+    model = obmlite.load(tmp_path / "out" / "serving.obm")
+    answer = model(**model.examples["serving_default"][0])
+    assert (int(answer["digit"][0]), float(answer["probability"][0])) == (-1, 1.0)

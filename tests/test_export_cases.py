@@ -9,7 +9,6 @@ import collections
 import dataclasses
 import functools
 import pathlib
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ import pytest
 
 import obmlite
 from obmlite.schema.records import ModuleFormat
+from tests.once import once
 
 f32 = functools.partial(jax.ShapeDtypeStruct, dtype="float32")
 X = np.linspace(-1, 2, 12, dtype="f4").reshape(3, 4)
@@ -297,7 +297,8 @@ def test_custom_calls_that_nobody_allowed(engine: str, tmp_path: pathlib.Path) -
         obmlite.export(fn, f32((3, 4)), platforms="cpu")
     assert (refused.value.field, refused.value.found) == ("custom calls", "made_up_target")
     function = obmlite.export(fn, f32((3, 4)), platforms="cpu", allow_custom_calls={"made_up_target"})
-    obmlite.Model({"fn": function}).save(tmp_path / "m.obm")
+    with pytest.warns(UserWarning, match=r"not replayable: stablehlo\.custom_call made_up_target"):
+        obmlite.Model({"fn": function}).save(tmp_path / "m.obm")
     with pytest.raises(obmlite.ObmliteError, match="made_up_target") as caught:
         obmlite.load(tmp_path / "m.obm", engine=engine).functions["fn"](X)
     assert caught.value.field == "custom calls"
@@ -344,9 +345,11 @@ def test_gradients_of_second_order(shape: str, reload: Reload) -> None:
     for make in (total, second):
         close(jax.jit(jax.grad(make(function), (0, 1)))(p, X), jax.jit(jax.grad(make(fn), (0, 1)))(p, X))
     close(jax.grad(total(function))(p, X), jax.grad(total(fn))(p, X))
-    with pytest.raises(obmlite.ArgumentError) as caught:
-        jax.grad(lambda x: (jax.grad(second(function), 1)(p, x) ** 2).sum())(X)
-    assert (caught.value.field, caught.value.expected, caught.value.found) == ("vjp_order", "at least 3", "2")
+
+    def third(f: Any) -> Any:  # beyond what was saved: of the operations
+        return jax.grad(lambda x: (jax.grad(second(f), 1)(p, x) ** 2).sum())(X)
+
+    close(third(function), third(fn))
 
 
 def test_gradients_with_integers_booleans_and_no_tangents(reload: Reload) -> None:
@@ -383,9 +386,7 @@ def test_pullback_through_trees(reload: Reload) -> None:
 
 def test_a_gradient_that_was_not_saved(reload: Reload) -> None:
     function = reload(obmlite.export(jnp.sin, f32((3, 4)), name="f"))
-    with pytest.raises(obmlite.ArgumentError) as caught:
-        jax.grad(lambda x: function(x).sum())(X)
-    assert (caught.value.field, caught.value.object) == ("vjp_order", "f")
+    close(jax.grad(lambda x: function(x).sum())(X), np.cos(X))  # of the operations
     stopped = jax.grad(lambda x: (x * function(jax.lax.stop_gradient(x))).sum())(X)
     close(stopped, np.sin(X))
 
@@ -688,10 +689,7 @@ def test_functions_over_shared_weights(engine: str, tmp_path: pathlib.Path) -> N
 # --- size
 
 
-@pytest.mark.skipif(
-    pathlib.Path(sys.prefix).parent.name == "venvs",
-    reason="takes long: not once more in versions.py's other environments",
-)
+@once
 def test_more_leaves_than_jax_can_serialize(tmp_path: pathlib.Path) -> None:
     count = 66_000
     values = [np.float32(n) for n in range(count)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -387,57 +386,6 @@ def test_in_a_branch_captures_are_constant_or_exact(folder: pathlib.Path) -> Non
     flags = {c.leaf: c.differentiable for c in function.module.captures}
     for leaf, found in enumerate(gradients):
         assert np.asarray(found).any() == flags.get(leaf, False)
-
-
-# --- what is refused
-
-
-@pytest.mark.parametrize("wrap", [lambda fn: fn, jax.jit], ids=["", "in jit"])
-def test_a_gradient_that_was_not_saved(wrap: Any, folder: pathlib.Path) -> None:
-    function = loaded(saved(folder, mlp, PARAMS, f32((5, 4)), name="apply", platforms="cpu"))
-    for transform in (jax.grad, jax.value_and_grad):
-        with pytest.raises(obmlite.ArgumentError, match=re.escape("vjp_order=1")) as caught:
-            transform(lambda params: wrap(function)(params, X).sum())(PARAMS)
-        assert (caught.value.object, caught.value.field) == ("apply", "vjp_order")
-    _, pull = jax.vjp(wrap(function), PARAMS, X)
-    with pytest.raises(obmlite.ArgumentError, match="saved without it"):
-        pull(jnp.ones((5, 3)))
-    # A value that no gradient flows back to may be taken.
-    gradient = jax.grad(lambda x: (x * jax.lax.stop_gradient(wrap(function)(PARAMS, x)).sum()).sum())(X)
-    assert np.asarray(gradient).any()
-
-
-def test_an_order_that_was_not_saved(folder: pathlib.Path) -> None:
-    function = loaded(saved(folder, mlp, PARAMS, f32((5, 4)), name="apply", platforms="cpu", vjp_order=1))
-    with pytest.raises(obmlite.ArgumentError, match=re.escape("vjp_order=2")) as caught:
-        jax.grad(lambda x: jax.grad(total(function), 1)(PARAMS, x).sum())(X)
-    assert (caught.value.object, caught.value.expected, caught.value.found) == ("apply", "at least 2", "1")
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_vmap_says_what_to_do(engine: str, second: pathlib.Path) -> None:
-    function = loaded(second, engine)
-    xs = np.stack([X, X])
-    for call in (
-        jax.vmap(lambda x: function(PARAMS, x)),
-        jax.vmap(jax.jit(lambda x: function(PARAMS, x))),
-        jax.jit(jax.vmap(lambda x: function(PARAMS, x))),
-        jax.vmap(jax.grad(lambda x: function(PARAMS, x).sum())),
-        lambda xs: jax.jacrev(lambda x: function(PARAMS, x))(xs[0]),
-    ):
-        with pytest.raises(obmlite.ArgumentError, match=re.escape("jax.lax.map")) as caught:
-            call(xs)
-        assert caught.value.object == "f"
-        assert "obmlite.spec" in str(caught.value.fix)
-    close(jax.lax.map(lambda x: function(PARAMS, x), xs), jax.vmap(lambda x: mlp(PARAMS, x))(xs))
-
-
-def test_forward_mode_says_what_to_do(second: pathlib.Path) -> None:
-    function = loaded(second)
-    with pytest.raises(obmlite.ArgumentError, match=re.escape("jax.vjp")):
-        jax.jvp(lambda x: function(PARAMS, x), (X,), (X,))
-    with pytest.raises(TypeError, match="forward-mode"):  # JAX's own, where it finds out later
-        jax.jit(lambda x: jax.jvp(lambda x: function(PARAMS, x), (x,), (x,)))(X)
 
 
 # --- on several devices

@@ -17,6 +17,7 @@ from obmlite.consolidate import consolidate
 from obmlite.verify import verify
 from tests import hosts, processes
 from tests.independent_reader import read_package
+from tests.once import once
 
 SCRIPT = str(pathlib.Path(hosts.__file__))
 COUNT = 4
@@ -206,8 +207,11 @@ def test_one_process_alone(saved, folder):
 
 @pytest.mark.parametrize(
     ("count", "victim", "timeout", "heartbeat"),
-    [(4, 2, 3, 100), (2, 1, 100, 5), (2, 0, 100, 100)],
-    ids=["timeout", "heartbeat", "process-0"],
+    [
+        pytest.param(4, 2, 3, 100, id="timeout", marks=once),
+        pytest.param(2, 1, 100, 5, id="heartbeat"),
+        pytest.param(2, 0, 100, 100, id="process-0", marks=once),
+    ],
 )
 def test_a_process_that_is_killed_ends_all_and_leaves_no_package(tmp_path, count, victim, timeout, heartbeat):
     tree = {"w": np.arange(10)}

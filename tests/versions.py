@@ -2,15 +2,17 @@
 
 ``python tests/versions.py test`` from the main environment, as ``make test`` does it:
 
-=========  ====================================  ===================================================================
-run        environment                           tests
-=========  ====================================  ===================================================================
-main       the one that this script runs in      all
-oldest     ``.cache/venvs/jax-<version>``        those that depend on JAX; the version is pyproject.toml's lower bound
-newest     ``.cache/venvs/jax-newest``           the same, where the main Python is older than 3.12 and a newer one is
-                                                 found: ``PYTHON312``, ``python3.12`` and later on PATH, or pyenv's
-objax      ``.cache/venvs/objax``                those of Objax, which needs the oldest JAX
-=========  ====================================  ===================================================================
+==========  ====================================  ===================================================================
+run         environment                           tests
+==========  ====================================  ===================================================================
+main        the one that this script runs in      all
+oldest      ``.cache/venvs/jax-<version>``        those that depend on JAX; the version is pyproject.toml's lower bound
+newest      ``.cache/venvs/jax-newest``           the same, where the main Python is older than 3.12 and a newer one is
+                                                  found: ``PYTHON312``, ``python3.12`` and later on PATH, or pyenv's
+objax       ``.cache/venvs/objax``                those of Objax, which needs the oldest JAX
+tensorflow  ``.cache/venvs/tensorflow``           those of TensorFlow's processors and of Orbax' checkpoints
+converters  ``.cache/venvs/converters``           those of OpenVINO and ONNX Runtime, which run what is converted
+==========  ====================================  ===================================================================
 
 Environments are made once, by plain pip, and made again when pyproject.toml changes. A run that should have been and
 was not is a failure. Only the standard library is used here.
@@ -39,7 +41,9 @@ NEWER = (3, 12)
 
 # What no other version of JAX changes; the rest runs on each. A new file of tests belongs here only with a reason.
 INDEPENDENT = {
+    "tests/foreign": "files and shapes; restoring itself runs on each",
     "tests/frameworks": "frameworks, which need a JAX of their own time",
+    "tests/interop": "other libraries, which need a JAX of their own time",
     "tests/io": "bytes and files; nothing of JAX",
     "tests/plan/test_boxes.py": "arithmetic of indices",
     "tests/plan/test_layouts.py": "the same",
@@ -48,13 +52,22 @@ INDEPENDENT = {
     "tests/schema": "the manifest's encoding; nothing of JAX",
     "tests/test_benchmarks.py": "the benchmarks' report",
     "tests/test_cli.py": "text in a terminal",
+    "tests/test_collector.py": "Python's garbage collector",
+    "tests/test_consolidate.py": "files, rewritten",
+    "tests/test_diff.py": "records and digests",
     "tests/test_durability.py": "crashes and races of saving, which are about files",
     "tests/test_examples.py": "the examples, which need scikit-learn and matplotlib",
     "tests/test_flushing.py": "the disk",
     "tests/test_independent_reader.py": "a reader without JAX",
+    "tests/test_numbered_versions.py": "directories",
+    "tests/test_planning.py": "a plan without devices",
     "tests/test_readme.py": "the README's text",
+    "tests/test_restore_document.py": "a document's text",
+    "tests/test_restoring_bytes.py": "what the operating system counts",
     "tests/test_realign.py": "files, rewritten",
     "tests/test_scaling.py": "the figures of docs/scaling.md, from shapes alone",
+    "tests/test_supplementals.py": "files, carried",
+    "tests/test_validation.py": "a report",
     "tests/test_verify.py": "digests",
 }
 
@@ -152,6 +165,25 @@ def runs() -> tuple[list[Run], str]:
                 "tests/interop/test_safejax_objax.py",
             ),
         ),
+        Run(
+            "tensorflow",
+            environment("tensorflow"),
+            "jax jaxlib orbax-checkpoint",
+            extras="test,tensorflow",
+            tests=(
+                "tests/interop/test_tensorflow.py",
+                "tests/interop/test_orbax_model.py",
+                "tests/interop/test_jax2tf_document.py",
+                "tests/interop/test_saved_model.py",
+            ),
+        ),
+        Run(
+            "converters",
+            environment("converters"),
+            "jax jaxlib flax onnxruntime",
+            extras="test,openvino,onnx",
+            tests=("tests/interop/test_onnx.py", "tests/interop/test_openvino.py"),
+        ),
     ]
     if sys.version_info[:2] >= NEWER:
         return found, ""  # main has the newest JAX
@@ -230,7 +262,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("what", choices=["test", "golden"])
     parser.add_argument(
-        "--only", action="append", choices=["main", "oldest", "objax", "newest"], help="some of the runs"
+        "--only",
+        action="append",
+        choices=["main", "oldest", "objax", "tensorflow", "converters", "newest"],
+        help="some of the runs",
     )
     parser.add_argument("extra", nargs="*", help="for pytest, or for make.py")
     options = parser.parse_args()

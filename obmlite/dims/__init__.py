@@ -12,6 +12,7 @@ from obmlite.dims.constraints import Constraint, bind, check_together
 from obmlite.dims.export import MAX_JAX_COMPARED, from_jax, to_jax
 from obmlite.dims.expressions import MAX_EXPONENT, MAX_INTEGER, Expression
 from obmlite.dims.parsing import MAX_NESTING, MAX_TEXT, MAX_TOKENS, parse, parse_constraint, parse_shape
+from obmlite.dims.substitution import substitute
 
 __all__ = [
     "MAX_EXPONENT",
@@ -28,5 +29,6 @@ __all__ = [
     "parse",
     "parse_constraint",
     "parse_shape",
+    "substitute",
     "to_jax",
 ]

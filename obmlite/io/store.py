@@ -122,9 +122,7 @@ class LocalDirectory:
     What was opened stays the same directory, even if its path is renamed or given to another one.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], *, mmap: bool | None = None, follow_links: bool = False
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, mmap: bool | None = None, follow_links: bool = False) -> None:
         """Opens the directory; symbolic links on the way to it are followed, in it they are not.
 
         Args:

@@ -161,6 +161,11 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "entry_path",
         "entry_file_plus1",
     ),
+    "Device": (
+        "id",
+        "coords",
+        "core_on_chip_plus1",
+    ),
     "Manifest": (
         "format_major",
         "format_minor",
@@ -182,5 +187,6 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "default_pipeline",
         "metadata_plus1",
         "chunk_size",
+        "device_assignment",
     ),
 }

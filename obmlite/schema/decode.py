@@ -342,6 +342,15 @@ class _Decoder(Shared):
         )
 
 
+def _device(row: Table) -> r.DeviceRecord:
+    coords, core = row.vector("coords", np.int32).tolist(), row.integer("core_on_chip_plus1")
+    if bool(coords) != bool(core):
+        raise corrupt(
+            "A device has coordinates without a core, or a core without coordinates.", "Device.coords", coords
+        )
+    return r.DeviceRecord(row.integer("id"), tuple(coords) or None, core - 1 if core else None)
+
+
 def decode(manifest: bytes) -> r.ManifestRecord:
     """Reads a manifest file's bytes.
 
@@ -371,6 +380,7 @@ def decode(manifest: bytes) -> r.ManifestRecord:
         pipelines=LazyRows("Pipeline", root.tables("pipelines", "Pipeline"), d.pipeline),
         supplementals=LazyRows("Supplemental", root.tables("supplementals", "Supplemental"), d.supplemental),
         default_pipeline=root.string("default_pipeline"),
+        device_assignment=tuple(_device(row) for row in root.tables("device_assignment", "Device")),
         metadata=d.metadata(root),
         digest=digest,
     )

@@ -311,6 +311,14 @@ class _Encoder:
             entry_file_plus1=self.column(files, "<u4"),
         )
 
+    def device(self, d: r.DeviceRecord) -> int:
+        return self.table(
+            "Device",
+            id=d.id,
+            coords=self.column(d.coords or (), "<i4"),
+            core_on_chip_plus1=0 if d.core_on_chip is None else d.core_on_chip + 1,
+        )
+
     def objects(self, encode: Callable[[_T], int], objects: Mapping[str, _T]) -> int:
         return self.offsets([encode(o) for o in objects.values()])
 
@@ -339,6 +347,7 @@ def encode(manifest: r.ManifestRecord) -> bytes:
         "default_pipeline": e.text(manifest.default_pipeline),
         "metadata_plus1": e.static(dict(manifest.metadata)),
         "chunk_size": r.CHUNK_SIZE,
+        "device_assignment": e.offsets([e.device(d) for d in manifest.device_assignment]),
     }
     # The pools come last: everything above adds to them, partitions to meshes, and all to strings.
     fields["partitions"] = e.partition_table(list(e.partitions.numbers))

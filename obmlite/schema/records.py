@@ -14,7 +14,7 @@ from obmlite.specs import MeshSpec, TensorSpec
 from obmlite.tree import Tree
 
 FORMAT_MAJOR = 1
-FORMAT_MINOR = 0
+FORMAT_MINOR = 1
 READER = "obmlite 0.1 or later"
 """Written into every manifest: which obmlite reads it."""
 
@@ -256,6 +256,21 @@ class SupplementalRecord(ObjectRecord):
     entries: Mapping[str, str | None] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceRecord:
+    """A device that a package was made for.
+
+    Attributes:
+      id: as JAX numbers the devices of a program.
+      coords: where its chip is in the machine, of a TPU; None for others.
+      core_on_chip: which core of the chip it is, where ``coords`` are.
+    """
+
+    id: int
+    coords: tuple[int, ...] | None = None
+    core_on_chip: int | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ManifestRecord:
     """The whole manifest. The mappings of objects, by name, may decode a record only when it is asked for."""
@@ -268,6 +283,7 @@ class ManifestRecord:
     pipelines: Mapping[str, PipelineRecord] = field(default_factory=dict)
     supplementals: Mapping[str, SupplementalRecord] = field(default_factory=dict)
     default_pipeline: str = ""
+    device_assignment: tuple[DeviceRecord, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
     required: tuple[str, ...] = ()
     format: tuple[int, int] = (FORMAT_MAJOR, FORMAT_MINOR)

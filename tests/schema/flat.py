@@ -22,7 +22,7 @@ from obmlite.schema._generated import manifest_generated as generated
 
 SCHEMA = pathlib.Path(obmlite.schema.__file__).parent / "manifest.fbs"
 
-FORMS = {"bool": "<B", "ubyte": "<B", "uint16": "<H", "uint32": "<I", "uint64": "<Q", "int64": "<q"}
+FORMS = {"bool": "<B", "ubyte": "<B", "uint16": "<H", "uint32": "<I", "int32": "<i", "uint64": "<Q", "int64": "<q"}
 
 
 @dataclasses.dataclass(frozen=True)

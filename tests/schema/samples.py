@@ -251,6 +251,7 @@ def sample() -> records.ManifestRecord:
             ),
         },
         default_pipeline="default",
+        device_assignment=(records.DeviceRecord(0, (0, 1, -1), 1), records.DeviceRecord(7)),
         metadata={"license": "none", "list": [1, 2.5, b"x", None, (True,)]},
     )
 
@@ -260,6 +261,13 @@ def _piece(name: str, begin: Any, shape: Any, chunks: int = 1, file: int = 1) ->
 
 
 # --- any
+
+devices = st.builds(records.DeviceRecord, st.integers(0, 2**32 - 1)) | st.builds(
+    records.DeviceRecord,
+    st.integers(0, 2**32 - 1),
+    st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=4).map(tuple),
+    st.integers(0, 2**32 - 2),
+)
 
 
 texts = st.text(max_size=8)
@@ -571,6 +579,7 @@ def manifests(draw: Any) -> records.ManifestRecord:
         pipelines={name: draw(pipelines(name)) for name in names[:1]},
         supplementals={name: draw(supplementals(name, supplemental_file)) for name in names[:2]},
         default_pipeline=draw(texts),
+        device_assignment=tuple(draw(st.lists(devices, max_size=3))),
         metadata=draw(metadata),
         format=(1, draw(st.integers(0, 2**16 - 1))),
         reader=draw(texts),

@@ -218,6 +218,8 @@ lie("an unknown feature", "required", put("required", value=[b"warp"]), Unsuppor
 lie("another digest", "Manifest.digest_algorithm", put("digest_algorithm", value=2))
 lie("no digest", "Manifest.digest_algorithm", drop("digest_algorithm"))
 lie("another chunk size", "Manifest.chunk_size", put("chunk_size", value=1 << 20))
+lie("a device's core without coordinates", "Device.coords", drop("device_assignment", 0, "coords"))
+lie("a device's coordinates alone", "Device.coords", drop("device_assignment", 0, "core_on_chip_plus1"))
 for part in ("strings", "blobs", "files", "meshes", "partitions"):
     lie(f"no {part}", f"Manifest.{part}", drop(part))
 lie("metadata that is no map", "metadata", lambda d: d.update(metadata_plus1=blob(d, b"\x90") + 1))
@@ -711,7 +713,7 @@ def test_every_enumeration_is_tried():
 def test_a_later_format_says_who_reads_it():
     error = check("a later format")
     assert FUTURE in str(error)
-    assert error.found == "format 2.0"
+    assert error.found == "format 2.1"
     newer = flat.changed(GOOD, put("format_minor", value=9))
     assert read(newer).format == (1, 9)
 

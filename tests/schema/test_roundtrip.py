@@ -49,9 +49,9 @@ def test_the_sample_comes_back_and_holds_every_field():
     assert read.digest == hashlib.sha256(encoded[: -trailer.SIZE]).digest()
     there = {p.label for p in flat.walk(encoded[: -trailer.SIZE]) if p.what in ("scalar", "offset")}
     missing = {f"{t}.{f.name}" for t, fields in flat.TABLES.items() for f in fields} - there
-    # Only what no reader accepts is not there, and the minor number, which is 0.
+    # Only what no reader accepts is not there.
     objects = ("Manifest", "Function", "PolymorphicFunction", "Weights", "Pipeline", "Supplemental")
-    assert missing == {"Manifest.format_minor", *(f"{table}.required" for table in objects)}
+    assert missing == {f"{table}.required" for table in objects}
 
 
 def test_an_empty_manifest_comes_back():

@@ -2997,6 +2997,77 @@ def SupplementalStartEntryFilePlus1Vector(builder, numElems): return builder.Sta
 def SupplementalEnd(builder): return builder.EndObject()
 
 
+class Device(object):
+    __slots__ = ['_tab']
+
+    @classmethod
+    def GetRootAs(cls, buf, offset=0):
+        n = flatbuffers.encode.Get(flatbuffers.packer.uoffset, buf, offset)
+        x = Device()
+        x.Init(buf, n + offset)
+        return x
+
+    @classmethod
+    def GetRootAsDevice(cls, buf, offset=0):
+        """This method is deprecated. Please switch to GetRootAs."""
+        return cls.GetRootAs(buf, offset)
+    @classmethod
+    def DeviceBufferHasIdentifier(cls, buf, offset, size_prefixed=False):
+        return flatbuffers.util.BufferHasIdentifier(buf, offset, b"\x4F\x42\x4D\x4C", size_prefixed=size_prefixed)
+
+    # Device
+    def Init(self, buf, pos):
+        self._tab = flatbuffers.table.Table(buf, pos)
+
+    # Device
+    def Id(self):
+        o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(4))
+        if o != 0:
+            return self._tab.Get(flatbuffers.number_types.Uint32Flags, o + self._tab.Pos)
+        return 0
+
+    # Device
+    def Coords(self, j):
+        o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(6))
+        if o != 0:
+            a = self._tab.Vector(o)
+            return self._tab.Get(flatbuffers.number_types.Int32Flags, a + flatbuffers.number_types.UOffsetTFlags.py_type(j * 4))
+        return 0
+
+    # Device
+    def CoordsAsNumpy(self):
+        o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(6))
+        if o != 0:
+            return self._tab.GetVectorAsNumpy(flatbuffers.number_types.Int32Flags, o)
+        return 0
+
+    # Device
+    def CoordsLength(self):
+        o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(6))
+        if o != 0:
+            return self._tab.VectorLen(o)
+        return 0
+
+    # Device
+    def CoordsIsNone(self):
+        o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(6))
+        return o == 0
+
+    # Device
+    def CoreOnChipPlus1(self):
+        o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(8))
+        if o != 0:
+            return self._tab.Get(flatbuffers.number_types.Uint32Flags, o + self._tab.Pos)
+        return 0
+
+def DeviceStart(builder): builder.StartObject(3)
+def DeviceAddId(builder, id): builder.PrependUint32Slot(0, id, 0)
+def DeviceAddCoords(builder, coords): builder.PrependUOffsetTRelativeSlot(1, flatbuffers.number_types.UOffsetTFlags.py_type(coords), 0)
+def DeviceStartCoordsVector(builder, numElems): return builder.StartVector(4, numElems, 4)
+def DeviceAddCoreOnChipPlus1(builder, coreOnChipPlus1): builder.PrependUint32Slot(2, coreOnChipPlus1, 0)
+def DeviceEnd(builder): return builder.EndObject()
+
+
 class Manifest(object):
     __slots__ = ['_tab']
 
@@ -3292,7 +3363,31 @@ class Manifest(object):
             return self._tab.Get(flatbuffers.number_types.Uint64Flags, o + self._tab.Pos)
         return 0
 
-def ManifestStart(builder): builder.StartObject(20)
+    # Manifest
+    def DeviceAssignment(self, j):
+        o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(44))
+        if o != 0:
+            x = self._tab.Vector(o)
+            x += flatbuffers.number_types.UOffsetTFlags.py_type(j) * 4
+            x = self._tab.Indirect(x)
+            obj = Device()
+            obj.Init(self._tab.Bytes, x)
+            return obj
+        return None
+
+    # Manifest
+    def DeviceAssignmentLength(self):
+        o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(44))
+        if o != 0:
+            return self._tab.VectorLen(o)
+        return 0
+
+    # Manifest
+    def DeviceAssignmentIsNone(self):
+        o = flatbuffers.number_types.UOffsetTFlags.py_type(self._tab.Offset(44))
+        return o == 0
+
+def ManifestStart(builder): builder.StartObject(21)
 def ManifestAddFormatMajor(builder, formatMajor): builder.PrependUint16Slot(0, formatMajor, 0)
 def ManifestAddFormatMinor(builder, formatMinor): builder.PrependUint16Slot(1, formatMinor, 0)
 def ManifestAddReader(builder, reader): builder.PrependUOffsetTRelativeSlot(2, flatbuffers.number_types.UOffsetTFlags.py_type(reader), 0)
@@ -3320,6 +3415,8 @@ def ManifestStartSupplementalsVector(builder, numElems): return builder.StartVec
 def ManifestAddDefaultPipeline(builder, defaultPipeline): builder.PrependUOffsetTRelativeSlot(17, flatbuffers.number_types.UOffsetTFlags.py_type(defaultPipeline), 0)
 def ManifestAddMetadataPlus1(builder, metadataPlus1): builder.PrependUint32Slot(18, metadataPlus1, 0)
 def ManifestAddChunkSize(builder, chunkSize): builder.PrependUint64Slot(19, chunkSize, 0)
+def ManifestAddDeviceAssignment(builder, deviceAssignment): builder.PrependUOffsetTRelativeSlot(20, flatbuffers.number_types.UOffsetTFlags.py_type(deviceAssignment), 0)
+def ManifestStartDeviceAssignmentVector(builder, numElems): return builder.StartVector(4, numElems, 4)
 def ManifestEnd(builder): return builder.EndObject()
 
 
