@@ -1,4 +1,4 @@
-"""Makes the golden packages of this format version with the JAX that is installed.
+"""Makes the golden packages of this format version with the JAX that is installed: the cases that it added.
 
 Run by ``make golden``, and with every supported JAX by ``make golden-all``. What is there is never made again: a
 package that was released must open for ever, in whatever form it was written. Each package stands beside its leaves as
@@ -31,6 +31,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import obmlite
 from obmlite import dtypes
+from obmlite.device_assignment import device
 from obmlite.schema import records
 from obmlite.specs import Partition
 
@@ -72,15 +73,19 @@ CASES: dict[str, Callable[[], Case]] = {}
 ON_DEVICES: dict[str, Callable[[], Case]] = {}
 
 
-def case(make: Callable[[], Case]) -> Callable[[], Case]:
-    CASES[make.__name__] = make
-    return make
+def since(version: str, *, devices: bool = False) -> Callable[[Callable[[], Case]], Callable[[], Case]]:
+    """A case of the format version that added what is in it; made, and called, in a process with 8 devices or one."""
+
+    def decorate(make: Callable[[], Case]) -> Callable[[], Case]:
+        if version == FORMAT:
+            (ON_DEVICES if devices else CASES)[make.__name__] = make
+        return make
+
+    return decorate
 
 
-def case_on_devices(make: Callable[[], Case]) -> Callable[[], Case]:
-    """A case that is made, and called, in a process with 8 devices."""
-    ON_DEVICES[make.__name__] = make
-    return make
+case = since("1.0")
+case_on_devices = since("1.0", devices=True)
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> np.ndarray:
@@ -457,6 +462,63 @@ def devices() -> Case:
             Call([w, x], function="fixed", order=1, mesh=sizes),
             Call([w, x], function="free", order=1),
             Call([w, x], function="free", mesh=sizes),
+        ],
+    )
+
+
+@since("1.1")
+def pipelines() -> Case:
+    """Processors, a value passed by, polymorphic functions, attachments, options, who is private, and devices."""
+
+    def pre(stats: Any, image: Any) -> Any:
+        return (image.astype(jnp.float32) - stats["mean"]) / stats["std"], image.shape[0] + image[:, 0]
+
+    def apply(params: Any, x: Any) -> Any:
+        return jnp.tanh(x @ params["w"])
+
+    def post(y: Any, passed: Any) -> Any:
+        return {"label": y.argmax(-1), "passed": passed}
+
+    params, stats = {"w": normal(6, 3)}, {"mean": np.float32(0.5), "std": np.float32(2)}
+    own = {f"apply.{b}": obmlite.export(apply, params, obmlite.spec(f"f32[{b},6]")) for b in ("2", "b")}
+    model = obmlite.Model(
+        {
+            "pre": obmlite.export(pre, stats, obmlite.spec("u8[n,6]")),
+            "post": obmlite.export(post, obmlite.spec("f32[m,3]"), obmlite.spec("u8[m]")),
+            **own,
+            "apply": obmlite.Polymorphic(list(own)),
+            "options": obmlite.export(
+                lambda x: x * 2, obmlite.spec("f32[b]"), compile_options={"cpu": {"xla_cpu_enable_fast_min_max": True}}
+            ),
+            "params": obmlite.Weights(params),
+            "stats": obmlite.Weights(stats),
+        },
+        pipelines={
+            "serving_default": obmlite.Pipeline(
+                pre=[obmlite.Step("pre", weights={"stats": "stats"})],
+                function="apply",
+                weights={"params": "params"},
+                post=["post"],
+                pass_through=True,
+            ),
+            "plain": obmlite.Pipeline(function="apply", weights={"params": "params"}),
+        },
+        supplementals={
+            "note": obmlite.Supplemental.from_bytes("“é”".encode(), mime_type="text/plain", version="2"),
+            "large": obmlite.Supplemental.from_bytes(bytes(range(256)) * 64, mime_type="application/octet-stream"),
+        },
+        private=["pre", "post"],
+        device_assignment=[device(0, (0, 1, 2), 1)],
+    )
+    image = np.arange(12, dtype=np.uint8).reshape(2, 6)
+    return Case(
+        model,
+        [
+            Call([image]),
+            Call([image[:1]]),
+            Call([normal(2, 6, seed=1)], pipeline="plain"),
+            Call([normal(3, 6, seed=2)], pipeline="plain"),
+            Call([normal(4, seed=3)], function="options"),
         ],
     )
 
