@@ -6,13 +6,16 @@ BIN := $(VENV)/bin
 # One stamp for each set of extras, so that a target installs what it needs and no more.
 STAMP = $(VENV)/.installed-
 
-.PHONY: demo test check format bench golden golden-all clean
+.PHONY: demo test test-all check format bench golden golden-all clean
 
 demo: $(STAMP)examples ## train, save, load in another process, compare
 	$(BIN)/python examples/digits.py --out demo
 
 test: $(STAMP)dev ## the tests, on the oldest JAX that is supported, on python3's newest, and on the newest of all
 	$(BIN)/python tests/versions.py test
+
+test-all: $(STAMP)dev ## the same at length: all tests that depend on JAX on each
+	$(BIN)/python tests/versions.py test --all
 
 check: $(STAMP)dev ## formatting, lint, types
 	$(BIN)/ruff format --check .

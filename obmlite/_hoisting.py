@@ -24,13 +24,9 @@ The same in JAX 0.9.2, 0.10.2 and 0.12.
 
 from __future__ import annotations
 
-import binascii
 import dataclasses
-import functools
 import hashlib
 import math
-import re
-import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -39,7 +35,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import sdy
 
 from obmlite import dtypes
-from obmlite.errors import ExportError
+from obmlite._constants import dtype_of, elements_of, kind_of, text_of, value_of
 
 _CAPTURING = frozenset({"stablehlo.while", "stablehlo.case", "stablehlo.if"})
 _MANUAL = "sdy.manual_computation"
@@ -222,11 +218,11 @@ class _Hoisting:
 
     def key(self, item: _Item) -> _Key:
         if item.key is None:
-            elements = _elements(item.op)  # equal ones are one in a context, so it tells what was read before
+            elements = elements_of(item.op)  # equal ones are one in a context, so it tells what was read before
             item.key = None if elements is None else self.read_before.get(elements)
         if item.key is None:
             kind = item.op.results[0].type
-            value = _value(item.op)
+            value = value_of(item.op)
             item.key = (str(kind), hashlib.sha256(value.reshape(-1).view(np.uint8).data).digest())
             self.types.setdefault(item.key, kind)
             self.values.setdefault(item.key, value)
@@ -347,124 +343,32 @@ def _mesh(op: Any) -> Any:
 # ---- constants
 
 
-def _elements(op: Any) -> Any:
-    """The attribute with a constant's elements; None for complex ones.
-
-    The bindings have no class for those, and raise an error whose text has all the elements.
-    """
-    return None if str(_kind(op).element_type).startswith("complex") else op.attributes["value"]
-
-
 def _is_large(op: Any, limit: int) -> bool:
     """Whether it is over the limit and no splat, of which only the one element is held."""
     if _nbytes(op) <= limit:
         return False
-    elements = _elements(op)
+    elements = elements_of(op)
     if elements is None:
-        return b"dense<(" not in _text(op, large_elements_limit=1)  # this leaves only a splat's element in the text
+        return b"dense<(" not in text_of(op, large_elements_limit=1)  # this leaves only a splat's element in the text
     return not (isinstance(elements, ir.DenseElementsAttr) and elements.is_splat)
 
 
 def _obstacle(op: Any) -> str | None:
     """Why the value of a constant cannot be read; JAX makes no such constants."""
-    if _numpy(_kind(op)) is None:
-        return f"element type {_kind(op).element_type}"
-    elements = _elements(op)
+    if dtype_of(op) is None:
+        return f"element type {kind_of(op).element_type}"
+    elements = elements_of(op)
     return None if elements is None or isinstance(elements, ir.DenseElementsAttr) else "dense_resource"
 
 
-def _value(op: Any) -> np.ndarray[Any, Any]:
-    kind = _kind(op)
-    dtype, shape = _numpy(kind), tuple(kind.shape)
-    assert dtype is not None
-    # MLIR's buffers have what numpy has, but for complex numbers. Without one, np.array makes an object array of the
-    # attribute and raises nothing, hence memoryview.
-    if dtype.isbuiltin == 1 and dtype.kind != "c":
-        value = np.array(memoryview(_elements(op)))
-    else:
-        value = np.frombuffer(_bytes(op), dtype).reshape(shape)
-    if (value.dtype, value.shape) != (dtype, shape):
-        raise ExportError(
-            "MLIR does not give a constant's value as it should.",
-            expected=f"{dtype}{list(shape)}",
-            found=f"{value.dtype}{list(value.shape)}",
-        )
-    value.flags.writeable = False
-    return value
-
-
-def _bytes(op: Any) -> bytes:
-    """The bytes of a constant's elements, which are those that numpy and ml_dtypes hold.
-
-    The way is the text that MLIR prints for it, in hexadecimal. Of 100 elements and fewer it prints each by itself;
-    then what is printed is parsed again as many times over as it takes, and not the numbers by us.
-    """
-    kind = _kind(op)
-    count = math.prod(kind.shape)
-    if count > _PRINTED_SINGLY:
-        return _hexadecimal(_text(op))
-    text = _text(op).decode()
-    elements = text[text.index("dense<") + 6 : text.rindex("> : tensor<")]
-    copies = _PRINTED_SINGLY // count + 1
-    shape = "x".join(map(str, (copies, *kind.shape, kind.element_type)))
-    repeated = ir.Operation.parse(
-        f"stablehlo.constant dense<[{', '.join([elements] * copies)}]> : tensor<{shape}>", context=op.context
-    )
-    data = _hexadecimal(_text(repeated))
-    return data[: len(data) // copies]
-
-
-_PRINTED_SINGLY = 100
-
-
-def _text(op: Any, **options: Any) -> bytes:
-    parts: list[bytes] = []
-    # Operation.get_asm would hold the text one time more.
-    op.print(file=types.SimpleNamespace(write=parts.append), binary=True, **options)
-    return b"".join(parts)
-
-
-def _hexadecimal(text: bytes) -> bytes:
-    start = text.index(b'dense<"0x') + 9
-    with memoryview(text) as view:
-        return binascii.unhexlify(view[start : text.index(b'"', start)])
-
-
-def _kind(op: Any) -> Any:
-    return ir.RankedTensorType(op.results[0].type)
-
-
 def _nbytes(op: Any) -> int:
-    kind = _kind(op)
-    dtype = _numpy(kind)
-    count: int = math.prod(kind.shape)
+    dtype = dtype_of(op)
+    count: int = math.prod(kind_of(op).shape)
     return count * (1 if dtype is None else dtype.itemsize)
 
 
 def _describe(op: Any, holder: str) -> Constant:
-    kind = _kind(op)
-    dtype = _numpy(kind)
+    kind = kind_of(op)
+    dtype = dtype_of(op)
     name = str(kind.element_type) if dtype is None else dtypes.of(dtype).short
     return Constant(f"{name}[{','.join(map(str, kind.shape))}]", _nbytes(op), holder)
-
-
-def _numpy(kind: Any) -> np.dtype[Any] | None:
-    return _dtype(str(kind.element_type))
-
-
-@functools.lru_cache(maxsize=64)
-def _dtype(element: str) -> np.dtype[Any] | None:
-    """The numpy dtype of an MLIR element type, ``f32``, ``ui4``, ``f8E4M3FN``, ``complex<f64>``; None for others."""
-    if element == "i1":
-        return np.dtype(np.bool_)
-    if element in ("complex<f32>", "complex<f64>"):
-        return np.dtype(np.complex64 if element == "complex<f32>" else np.complex128)
-    found = re.fullmatch(r"(i|ui|f|bf)(\d+)(E\w+)?", element)
-    if found is None:
-        return None
-    words = {"i": "int", "ui": "uint", "f": "float", "bf": "bfloat"}
-    name = f"{words[found[1]]}{found[2]}" + (f"_{found[3].lower()}" if found[3] else "")
-    try:
-        return dtypes.parse(name).numpy
-    except ExportError:
-        return None

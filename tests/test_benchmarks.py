@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from benchmarks import calls, report
+from benchmarks import calls, replaying, report
 from benchmarks.measure import Measured
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -101,6 +101,14 @@ def test_calls_are_timed(tmp_path, monkeypatch):
         "Exported.call",
     }
     assert 0 < found["native jit"] < found["Exported.call"]
+
+
+def test_replays_are_timed():
+    *_, row = replaying.table(1, ["dropout"]).split("\n")
+    cells = row.strip("| ").split(" | ")
+    assert cells[0] == "dropout"
+    assert len(cells) == 5
+    assert 0.1 < float(cells[-1]) < 10
 
 
 def test_a_table_gives_medians_ratios_and_goals():

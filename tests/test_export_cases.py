@@ -689,6 +689,7 @@ def test_functions_over_shared_weights(engine: str, tmp_path: pathlib.Path) -> N
 # --- size
 
 
+@pytest.mark.long
 @once
 def test_more_leaves_than_jax_can_serialize(tmp_path: pathlib.Path) -> None:
     count = 66_000

@@ -21,7 +21,7 @@ from tests import networks
 from tests.once import once
 
 ROOT = pathlib.Path(__file__).parent.parent
-ENGINES = ("export", "rebuild")
+ENGINES = ("export", "rebuild", "replay")
 
 
 def copied(tree: Any) -> Any:

@@ -14,6 +14,9 @@ tensorflow  ``.cache/venvs/tensorflow``           those of TensorFlow's processo
 converters  ``.cache/venvs/converters``           those of OpenVINO and ONNX Runtime, which run what is converted
 ==========  ====================================  ===================================================================
 
+In ``oldest`` and ``newest`` the files of tests in ``LONG``, and everywhere the tests that are marked ``long``, run only
+with ``--all`` (``make test-all``).
+
 Environments are made once, by plain pip, and made again when pyproject.toml changes. A run that should have been and
 was not is a failure. Only the standard library is used here.
 """
@@ -70,6 +73,19 @@ INDEPENDENT = {
     "tests/test_validation.py": "a report",
     "tests/test_verify.py": "digests",
 }
+
+# What takes minutes, and where the versions of JAX have not differed beyond what the other files find.
+LONG = (
+    "tests/replay/test_conformance.py",
+    "tests/replay/test_old_artifacts.py",
+    "tests/test_captures.py",
+    "tests/test_export_cases.py",
+    "tests/test_gradients.py",
+    "tests/test_hoisting.py",
+    "tests/test_networks.py",
+    "tests/test_reproducible.py",
+    "tests/test_saving.py",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,13 +246,16 @@ def number(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
-def test(result: Result, extra: list[str]) -> None:
+def test(result: Result, extra: list[str], at_length: bool) -> None:
     """Runs pytest, and reads its own report of it."""
     run = result.run
     report = CACHE / "results" / f"{run.name}.xml"
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
-    some = [] if run.requirement is None or run.tests else [f"--ignore={path}" for path in INDEPENDENT]
+    left_out: list[str] = []
+    if run.requirement is not None and not run.tests and not extra:
+        left_out += [*INDEPENDENT, *(() if at_length else LONG)]
+    some = [f"--ignore={path}" for path in left_out] + ([] if at_length or extra else ["-m", "not long"])
     command = [str(run.python), "-m", "pytest", "-n", "2", "--dist", "loadfile", f"--junitxml={report}"]
     done = subprocess.run([*command, *some, *(extra or run.tests or ["tests"])], cwd=ROOT, check=False)
     if not report.exists():
@@ -251,7 +270,7 @@ def test(result: Result, extra: list[str]) -> None:
     result.good = done.returncode == 0 and failed == 0 and passed > 0
 
 
-def golden(result: Result, extra: list[str]) -> None:
+def golden(result: Result, extra: list[str], _: bool) -> None:
     """Makes the golden packages."""
     done = subprocess.run([str(result.run.python), "tests/golden/make.py", *extra], cwd=ROOT, check=False)
     result.good = done.returncode == 0
@@ -267,6 +286,7 @@ def main() -> int:
         choices=["main", "oldest", "objax", "tensorflow", "converters", "newest"],
         help="some of the runs",
     )
+    parser.add_argument("--all", action="store_true", help="also what takes long")
     parser.add_argument("extra", nargs="*", help="for pytest, or for make.py")
     options = parser.parse_args()
     chosen, why = runs()
@@ -298,7 +318,7 @@ def main() -> int:
             before = max(before, number(found["jax"]))
             print(f"--- {result.run.name}: {result.versions}", flush=True)
             begun = time.monotonic()
-            {"test": test, "golden": golden}[options.what](result, options.extra)
+            {"test": test, "golden": golden}[options.what](result, options.extra, options.all)
             result.seconds = time.monotonic() - begun
     print("---")
     for result in results:

@@ -17,7 +17,7 @@ import numpy as np
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import sdy, stablehlo
 
-from obmlite import _hoisting
+from obmlite import _constants
 from obmlite.replay._program import TensorType
 
 __all__ = [
@@ -147,39 +147,39 @@ def _tensor_type(text: str) -> TensorType | None:
     found = re.fullmatch(r"tensor<((?:\d+x)*)(\w+|complex<f\d+>)>", text)
     if found is None:
         return None
-    return TensorType(text, _hoisting._dtype(found[2]), tuple(map(int, found[1].split("x")[:-1])))
+    return TensorType(text, _constants.parse_dtype(found[2]), tuple(map(int, found[1].split("x")[:-1])))
 
 
 def _read_tensor_type(text: str, kind: Any) -> TensorType:
     if not isinstance(kind, ir.RankedTensorType):
         return TensorType(text, None, ())
     shape = tuple(None if kind.is_dynamic_dim(n) else kind.get_dim_size(n) for n in range(kind.rank))
-    return TensorType(text, _hoisting._dtype(str(kind.element_type)), shape)
+    return TensorType(text, _constants.parse_dtype(str(kind.element_type)), shape)
 
 
 def read_constant(op: Any) -> Any:
     """The elements of a ``stablehlo.constant``; those of a splat share one, with strides of zero."""
     kind = ir.RankedTensorType(op.results[0].type)
-    dtype, shape = _hoisting._dtype(str(kind.element_type)), tuple(kind.shape)
+    dtype, shape = _constants.parse_dtype(str(kind.element_type)), tuple(kind.shape)
     assert dtype is not None
     if not math.prod(shape):
         return np.zeros(shape, dtype)
     element = _single(op, kind)
     if element is None:
-        return _hoisting._value(op).view(dtype)
+        return _constants.value_of(op).view(dtype)
     # MLIR's buffers are of C's types, and numpy has two that are the same to all but JAX 0.9: the view settles it.
     return np.broadcast_to(np.asarray(element).view(dtype), shape)
 
 
 def _single(op: Any, kind: Any) -> Any:
     """The element of a splat or a scalar; None for what has several."""
-    elements, name = _hoisting._elements(op), str(kind.element_type)
+    elements, name = _constants.elements_of(op), str(kind.element_type)
     if elements is None:  # complex, which the bindings cannot hold
-        found = re.search(rb"dense<(\([^()]*\))>", _hoisting._text(op, large_elements_limit=1))
+        found = re.search(rb"dense<(\([^()]*\))>", _constants.text_of(op, large_elements_limit=1))
         return None if found is None else _parsed(op, found[1].decode(), name)
     if not isinstance(elements, ir.DenseElementsAttr) or not elements.is_splat:
         return None
-    dtype = _hoisting._dtype(name)
+    dtype = _constants.parse_dtype(name)
     if dtype is not None and dtype.isbuiltin == 1:
         return np.asarray(memoryview(elements)).reshape(-1)[0]
     return _parsed(op, str(elements.get_splat_value()).partition(" : ")[0], name)
@@ -191,7 +191,7 @@ def _parsed(op: Any, text: str, element: str) -> Any:
     array = ir.Operation.parse(
         f"stablehlo.constant dense<[{', '.join([text, *fillers])}]> : tensor<3x{element}>", context=op.context
     )
-    return _hoisting._value(array)[0]
+    return _constants.value_of(array)[0]
 
 
 def _ints(values: Any) -> Ints:

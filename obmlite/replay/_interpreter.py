@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from obmlite.errors import ArgumentError, UnsupportedFormatError
+from obmlite.replay import _slices
 from obmlite.replay._markers import Marker, arithmetic, plain, step
 from obmlite.replay._program import Block, Operation, Program, TensorType
 from obmlite.replay._table import RULES, Rule, unsupported
@@ -101,7 +102,7 @@ class Replay:
             if result is not None:
                 return (result,)
         marked = any(isinstance(operand, Marker) for operand in operands)
-        if marked and (row := step(operation, operands)) is not None:
+        if marked and (row := step(operation, operands, Site(self, values).cut(operation))) is not None:
             return (row,)
         with self._width(operation):
             given = operands
@@ -159,6 +160,20 @@ class Site:
     def value(self, number: int) -> Any:
         """A value around the operation; None if it is not one of those."""
         return self._values.get(number)
+
+    def cut(self, operation: Operation) -> tuple[tuple[int, ...], list[Any]] | None:
+        """Sizes and starts of a slice as ``lax.dynamic_slice`` takes it; None for other operations."""
+        if operation.name == "stablehlo.dynamic_slice":
+            return operation["slice_sizes"], [self._values[number] for number in operation.operands[1:]]
+        found = _slices.look(self.program, operation)
+        if found is None:
+            return None
+        low, shape, sizes = (self._values[number] for number in (found.low, found.shape, found.sizes))
+        if not (is_known(low) and is_known(shape) and is_known(sizes)):
+            return None
+        if low.any() or tuple(shape) != np.shape(plain(self._values[operation.operands[0]])):
+            return None
+        return tuple(map(int, sizes)), [self._values[number] for number in found.starts]
 
     def call(self, name: str, arguments: Sequence[Any]) -> list[Any]:
         """Runs a function of the module."""

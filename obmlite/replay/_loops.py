@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from obmlite.replay import _slices
 from obmlite.replay._markers import affine
 from obmlite.replay._program import Block, Operation, Program
 
@@ -156,22 +157,24 @@ class _Body:
             if self.count > _MAX_OPERATIONS:
                 raise _TooLong
             operands = [find(number) for number in operation.operands]
+            cut = _slices.look(self.program, operation)
             if operation.name == "func.call":
                 results = self.run(self.program.functions[operation["callee"]].body, operands)
             else:
-                results = [self.operation(operation, operands)] + [None] * (len(operation.results) - 1)
+                starts = None if cut is None else [find(number) for number in cut.starts]
+                results = [self.operation(operation, operands, starts)] + [None] * (len(operation.results) - 1)
                 for region in operation.regions:
                     self.capture(region, values)
             values.update(zip(operation.results, results, strict=False))
         return [find(number) for number in block.returns]
 
-    def operation(self, operation: Operation, operands: Sequence[_Value]) -> _Value:
+    def operation(self, operation: Operation, operands: Sequence[_Value], starts: Sequence[_Value] | None) -> _Value:
         if operation.name == "stablehlo.constant":
             return _number(operation["value"])
         first = operands[0] if operands else None
         if first is not None and first[0] == "array":
-            index = _row(operation, operands)
-            if index is not None and operation.name == "stablehlo.dynamic_slice":
+            index = _row(operation, operands, starts)
+            if index is not None and operation.name != "stablehlo.dynamic_update_slice":
                 self.read.setdefault(first[1], set()).add(index)
                 return None
             if index is not None and (operands[1] is None or operands[1][0] == "affine"):
@@ -202,9 +205,14 @@ def _number(value: Any) -> _Value:
     return ("affine", 0, int(value)) if small else None
 
 
-def _row(operation: Operation, operands: Sequence[_Value]) -> tuple[int, int] | None:
-    """The index of the one row along the first dimension that a dynamic (update) slice is of."""
-    if operation.name == "stablehlo.dynamic_slice":
+def _row(operation: Operation, operands: Sequence[_Value], starts: Sequence[_Value] | None) -> tuple[int, int] | None:
+    """The index of the one row along the first dimension that a dynamic (update) slice is of.
+
+    Open sizes are taken for equal ones: the run, which knows them, takes the whole array where they are not.
+    """
+    if starts is not None:
+        sizes = operation.types[0].shape
+    elif operation.name == "stablehlo.dynamic_slice":
         sizes, starts = operation["slice_sizes"], operands[1:]
     elif operation.name == "stablehlo.dynamic_update_slice":
         sizes, starts = operation.operand_types[1].shape, operands[2:]

@@ -73,12 +73,18 @@ def plain(value: Any) -> Any:
     return value
 
 
-def step(operation: Operation, operands: Sequence[Any]) -> Any:
-    """The result of reading or writing the row of a step; None if the operation does something else."""
+def step(operation: Operation, operands: Sequence[Any], cut: tuple[tuple[int, ...], Sequence[Any]] | None) -> Any:
+    """The result of reading or writing the row of a step; None if the operation does something else.
+
+    Args:
+      operation: what is done.
+      operands: to what.
+      cut: sizes and starts of the slice that the operation takes of its first operand; None if it takes none.
+    """
     first = operands[0]
-    if isinstance(first, Rows) and operation.name == "stablehlo.dynamic_slice":
-        sizes = operation["slice_sizes"]
-        if sizes == (1, *np.shape(first.array)[1:]) and _at(first.index, operands[1:]):
+    if isinstance(first, Rows) and cut is not None:
+        sizes, starts = cut
+        if sizes == (1, *np.shape(first.array)[1:]) and _at(first.index, starts):
             return lax.reshape(first.row, sizes)
     if isinstance(first, Stacked) and operation.name == "stablehlo.dynamic_update_slice":
         update = plain(operands[1])

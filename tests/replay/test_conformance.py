@@ -71,6 +71,13 @@ def test_functions_give_what_their_export_gives(group: str) -> None:
 # --- symbolic shapes, on several platforms
 
 B4 = ("b, 4", [(3, 4)])
+
+
+def open_step(carry: jax.Array, row: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A step on arrays of an open size, which it asks for."""
+    return jnp.tanh(carry + row / row.shape[0]), carry[::-1] + jnp.arange(carry.shape[0])
+
+
 SYMBOLIC: dict[str, tuple[Callable[..., Any], tuple[str, list[tuple[int, ...]]]]] = {
     "layers": (lambda x: jax.nn.softmax(jnp.tanh(x @ jnp.ones((4, 3)))), B4),
     "reshape": (lambda x: (x.reshape(-1), x.reshape(x.shape[0] * 2, -1), x.T), B4),
@@ -84,6 +91,45 @@ SYMBOLIC: dict[str, tuple[Callable[..., Any], tuple[str, list[tuple[int, ...]]]]
     "loops": (lambda x: (lax.fori_loop(0, x.shape[0], lambda i, c: c + x[i], x[0]), lax.map(jnp.sum, x)), B4),
     "branches": (lambda x: lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x), B4),
     "while": (lambda x: lax.while_loop(lambda c: c.sum() < 99, lambda c: jnp.abs(c) * 2 + 1, x), B4),
+    "scan over another dimension": (lambda x: lax.scan(open_step, x[:, 0], x.T), B4),
+    "scan over another dimension, backward": (lambda x: lax.scan(open_step, x[:, 0], x.T, reverse=True), B4),
+    "scan within scan": (
+        lambda x: lax.scan(lambda c, r: lax.scan(open_step, c + r, x.T * r), jnp.zeros(x.shape[0]), x.T),
+        B4,
+    ),
+    "scan in a branch": (
+        lambda x: lax.cond(x.sum() > 99, lambda x: x[:, 0], lambda x: lax.scan(open_step, x[:, 1], x.T)[0], x),
+        B4,
+    ),
+    "branch in a scan": (
+        lambda x: lax.scan(
+            lambda c, r: (lax.cond(r[0] > 0, lambda: c + r, lambda: c * jnp.ones(x.shape[0])), r), x[:, 0], x.T
+        ),
+        B4,
+    ),
+    "slices of open sizes in loops": (
+        lambda x: (
+            lax.fori_loop(0, 3, lambda i, c: c + lax.dynamic_slice(x, (0, i), (x.shape[0], 2)), x[:, :2]),
+            lax.fori_loop(0, 3, lambda i, c: c + lax.dynamic_index_in_dim(x, 2 * i, 1), x[:, :1]),
+            lax.while_loop(
+                lambda c: c[0] < 4,
+                lambda c: (c[0] + 1, c[1] + lax.dynamic_slice(x, (c[0] - 2, c[0]), (x.shape[0] - 1, 1))),
+                (0, x[1:, :1]),
+            ),
+        ),
+        B4,
+    ),
+    "slices at open places": (
+        lambda x: (
+            lax.dynamic_slice(x, (x.argmax() % 3, x.argmin() % 2), (x.shape[0] - 1, 2)),
+            lax.dynamic_slice(x.reshape(-1), (x.argmax(),), (x.shape[0],)),
+        ),
+        B4,
+    ),
+    "gradient of a scan": (
+        jax.grad(lambda x: lax.scan(lambda c, r: (jnp.tanh(c + r), c * r), x[:, 0], x.T)[1].sum()),
+        B4,
+    ),
     "convolution": (
         lambda x: lax.conv_general_dilated(x[:, None], jnp.ones((2, 1, 3)), (1,), "SAME"),
         ("b, c", [(2, 5)]),
@@ -132,6 +178,33 @@ def test_symbolic_shapes(name: str, platforms: tuple[str, ...]) -> None:
         wanted = jax.tree.leaves(compiled(exported.call)(x))
         got = compiled(replayed)(x)
         assert not compare(Case(name, function, ()), wanted, got), (name, size)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm"])
+@pytest.mark.parametrize(
+    ("shape", "open_shape"), [((2, 5, 3), None), ((3, 4), None), ((4, 4), None), ((5, 3), "m, n"), ((3, 5), "n, m")]
+)
+def test_singular_values_saved_for_any_platform(shape: tuple[int, ...], open_shape: str | None, platform: str) -> None:
+    """By Jacobi's method where sizes are known, else by QR, which takes a wide matrix as its transpose."""
+    dims = shape if open_shape is None else export.symbolic_shape(open_shape, constraints=["m >= n + 1"])
+
+    def functions(x: jax.Array) -> Any:
+        return jnp.linalg.svd(x), jnp.linalg.svd(x, full_matrices=False), jnp.linalg.svd(x, compute_uv=False)
+
+    exported = export.export(jax.jit(functions), platforms=[platform])(jax.ShapeDtypeStruct(dims, "complex64"))
+    program = replay.read(exported.mlir_module_serialized)
+    prefix = {"cpu": "lapack_cgesdd", "cuda": "cusolver_gesvd", "rocm": "hipsolver_gesvd"}[platform]
+    assert any(prefix in name for name in replay.operations(program))
+    real, imaginary = np.random.default_rng(0).normal(size=(2, *shape))
+    x = (real + 1j * imaginary).astype("complex64")
+    wanted = jax.tree.leaves(compiled(functions)(x))
+    got = compiled(replay.to_jax(program))(x)
+    assert [r.shape for r in got] == [r.shape for r in wanted]
+    for u, s, vh in (got[:3], got[3:6]):
+        k = s.shape[-1]
+        np.testing.assert_allclose((u[..., :k] * s[..., None, :]) @ vh[..., :k, :], x, atol=1e-5)
+        np.testing.assert_allclose(s, wanted[6], rtol=1e-5)
+    np.testing.assert_allclose(got[6], wanted[6], rtol=1e-5)
 
 
 def test_shapes_that_the_module_refuses() -> None:

@@ -53,6 +53,53 @@ def mlp(w: Any, x: Any) -> Any:
     return jnp.tanh(x @ w) ** 2
 
 
+# --- sizes that are open
+
+
+def test_a_scan_over_an_open_batch_is_a_scan_of_rows() -> None:
+    dims = export.symbolic_shape("b, 4")
+    fn = jax.jit(lambda x: lax.scan(lambda c, row: (c + row, c * row), x[:, 0], x.T))
+    module = export.export(fn)(jax.ShapeDtypeStruct(dims, "float32")).mlir_module_serialized
+    (scan,) = [e for e in jax.make_jaxpr(replay.to_jax(module))(X).eqns if e.primitive.name == "scan"]
+    body = scan.params["jaxpr"].jaxpr
+    assert "dynamic_slice" not in primitives(body)
+    assert "dynamic_update_slice" not in primitives(body)
+    assert [v.aval.shape for v in body.invars][-1] == (3,)
+
+
+CARRIED = """
+func.func @main(%x: tensor<?xf32>) -> tensor<?xf32> {
+  %zero = stablehlo.constant dense<0> : tensor<i32>
+  %one = stablehlo.constant dense<1.0> : tensor<f32>
+  %size = stablehlo.get_dimension_size %x, dim = 0 : (tensor<?xf32>) -> tensor<i32>
+  %out:3 = stablehlo.while(%i = %zero, %n = %size, %y = %x) : tensor<i32>, tensor<i32>, tensor<?xf32>
+  cond {
+    %three = stablehlo.constant dense<3> : tensor<i32>
+    %more = stablehlo.compare LT, %i, %three : (tensor<i32>, tensor<i32>) -> tensor<i1>
+    stablehlo.return %more : tensor<i1>
+  } do {
+    %step = stablehlo.constant dense<STEP> : tensor<i32>
+    %next = stablehlo.add %i, %step : tensor<i32>
+    %shape = stablehlo.reshape %n : (tensor<i32>) -> tensor<1xi32>
+    %ones = stablehlo.dynamic_broadcast_in_dim %one, %shape, dims = [] : (tensor<f32>, tensor<1xi32>) -> tensor<?xf32>
+    %z = stablehlo.add %y, %ones : tensor<?xf32>
+    stablehlo.return %next, %n, %z : tensor<i32>, tensor<i32>, tensor<?xf32>
+  }
+  %shape = stablehlo.reshape %out#1 : (tensor<i32>) -> tensor<1xi32>
+  %ones = stablehlo.dynamic_broadcast_in_dim %one, %shape, dims = [] : (tensor<f32>, tensor<1xi32>) -> tensor<?xf32>
+  %r = stablehlo.add %out#2, %ones : tensor<?xf32>
+  return %r : tensor<?xf32>
+}
+"""
+
+
+@pytest.mark.parametrize(("step", "loop", "added"), [(1, "scan", 4), (2, "while", 3)])
+def test_a_size_that_a_loop_carries_stays_known(step: int, loop: str, added: int) -> None:
+    fn = replay.to_jax(CARRIED.replace("STEP", str(step)))
+    assert loop in primitives(jax.make_jaxpr(fn)(X[0]))
+    np.testing.assert_allclose(fn(X[0])[0], X[0] + added, rtol=1e-6)
+
+
 # --- transformations
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jax import lax
 
-from obmlite.replay._interpreter import Site
+from obmlite.replay._interpreter import Site, traceable
 from obmlite.replay._program import Operation
 from obmlite.replay._table import known_ints, rule, unsupported
 from obmlite.replay.rules import data_movement, linear_algebra
@@ -87,6 +87,9 @@ def _real_dynamic_slice(site: Site, operation: Operation, operands: Sequence[Any
         steps = None if set(strides) <= {1} else strides
         return lax.slice(x, known_ints(operation, start, "start"), known_ints(operation, limit, "limit"), steps)
     sizes = operation.types[0].shape
+    cut = site.cut(operation)
+    if cut is not None and set(strides) <= {1}:
+        return lax.dynamic_slice(x, [traceable(n) for n in cut[1]], cut[0], allow_negative_indices=False)
     if None in sizes or set(strides) - {1}:
         raise unsupported(operation, "the size of its result depends on the content of an array")
     starts = [lax.squeeze(lax.slice(start, (n,), (n + 1,)), (0,)) for n in range(np.ndim(x))]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jax import lax
 
-from obmlite import _hoisting
+from obmlite import _constants
 from obmlite.replay._attributes import Algorithm, Convolution, Dot
 from obmlite.replay._interpreter import Site
 from obmlite.replay._program import Operation
@@ -45,7 +45,7 @@ def _algorithm(asked: Algorithm) -> Any:
     name = _PRESETS.get((*types, asked.operations)) if plain else None
     if name is not None:
         return getattr(lax.DotAlgorithmPreset, name)
-    dtypes = [_hoisting._dtype(text) for text in types]
+    dtypes = [_constants.parse_dtype(text) for text in types]
     if None in dtypes:
         return None
     return lax.DotAlgorithm(*dtypes, asked.lhs_components, asked.rhs_components, asked.operations, asked.imprecise)

@@ -106,21 +106,52 @@ def _eigh(site: Site, operation: Operation, operands: Sequence[Any]) -> Any:
     return lax.linalg.eigh(operands[0], symmetrize_input=False, **options)
 
 
-@_call(*_targets("gesdd"), meaning="`lax.linalg.svd`")
+# Whatever the routine's algorithm, the platform's own is taken: none of the others is there on every platform.
+
+
+@_call(*_targets("gesdd"), *_targets("gesvd"), meaning="`lax.linalg.svd`")
 def _gesdd(site: Site, operation: Operation, operands: Sequence[Any]) -> Any:
-    (x,) = operands
     mode = _option(operation, "mode")
-    if mode == "N":
+    return _svd(operation, *operands, vectors=mode != "N", full=mode == "A")
+
+
+@_call("cusolver_gesvd_ffi", "hipsolver_gesvd_ffi", "hipsolver_gesdd_ffi", meaning="`lax.linalg.svd`")
+def _gesvd(site: Site, operation: Operation, operands: Sequence[Any]) -> Any:
+    config = operation["mhlo.backend_config"]
+    x, values, u, vh, info = _svd(operation, *operands, vectors=config["compute_uv"], full=config["full_matrices"])
+    # A wide matrix goes in as its transpose, of which the vectors of either side are the other's.
+    return (x, values, vh, u, info) if config["transposed"] and config["compute_uv"] else (x, values, u, vh, info)
+
+
+@_call(
+    *(f"{maker}solver_{name}_ffi" for name in ("gesvdj", "gesvdp") for maker in ("cu", "hip")),
+    meaning="`lax.linalg.svd`",
+)
+def _gesvdj(site: Site, operation: Operation, operands: Sequence[Any]) -> Any:
+    config = operation["mhlo.backend_config"]
+    x, values, u, vh, info = _svd(operation, *operands, vectors=config["compute_uv"], full=config["full_matrices"])
+    return x, values, u, jnp.conj(jnp.swapaxes(vh, -1, -2)) if config["compute_uv"] else vh, info
+
+
+def _svd(operation: Operation, x: Any, *, vectors: bool, full: bool) -> tuple[Any, ...]:
+    """The results of a routine: x, which it works in, singular values, U, Vᴴ and info."""
+    if vectors:
+        # Of a square matrix they are the same, and only the derivatives of the reduced ones are implemented.
+        u, values, vh = lax.linalg.svd(x, full_matrices=full and x.shape[-2] != x.shape[-1])
+    else:
         values = lax.linalg.svd(x, compute_uv=False)
         # What the routine does not compute has a place all the same, and nobody looks at it.
-        u, v = (jnp.zeros(_shape(kind, x), kind.dtype) for kind in operation.types[2:4])
-    else:
-        u, values, v = lax.linalg.svd(x, full_matrices=mode == "A")
-    return x, values, u, v, _info(values, 1)
+        u, vh = (
+            jnp.zeros(_shape(kind, x, size), kind.dtype)
+            for kind, size in zip(operation.types[2:4], x.shape[-2:], strict=True)
+        )
+    return x, values, u, vh, _info(values, 1)
 
 
-def _shape(kind: Any, x: Any) -> tuple[int, ...]:
-    return (*x.shape[:-2], *kind.shape[-2:])
+def _shape(kind: Any, x: Any, size: int) -> tuple[int, ...]:
+    """The shape of a type with x's leading sizes; its own, where they are open, are ``size``."""
+    own = tuple(size if n is None else n for n in kind.shape[-2:])
+    return (*x.shape[:-2], *own) if own else ()
 
 
 @_call(*_targets("geev"), meaning="`lax.linalg.eig`")
