@@ -10,6 +10,7 @@ from benchmarks.measure import Measured
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
+@pytest.mark.long
 def test_every_case_runs(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "--size", "0.0005", "--rounds", "1", "--directory", str(tmp_path)]
     peers = ["--contenders", "safetensors", "copy", "hashing", "header"]
@@ -24,6 +25,7 @@ def test_every_case_runs(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.long
 def test_cases_on_several_devices_run(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "--size", "0.0005", "--rounds", "1", "--directory", str(tmp_path)]
     peers = ["--contenders", "obmlite-budget", "copy", "--cases", "sharded", "small"]

@@ -162,7 +162,9 @@ def part(arrays: dict[str, Any], name: str, what: str) -> list[Any]:
 # One test for each engine, and not one for each network: what they share is made once in each of pytest's workers.
 
 
-@pytest.mark.parametrize("engine", [ENGINES[0], *(pytest.param(engine, marks=once) for engine in ENGINES[1:])])
+@pytest.mark.parametrize(
+    "engine", [ENGINES[0], *(pytest.param(engine, marks=[once, pytest.mark.long]) for engine in ENGINES[1:])]
+)
 def test_a_fresh_process(engine: str, made: Any, packages: pathlib.Path, native: Callable[[str], Any]) -> None:
     arrays, facts = fresh(engine, packages)
     for name, network in made.items():

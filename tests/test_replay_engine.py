@@ -17,7 +17,8 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 
 import obmlite
-from obmlite import cli, replay
+from obmlite import _engine, cli, replay
+from obmlite.errors import UnsupportedFormatError
 from tests import networks
 from tests.test_networks import gradient
 
@@ -263,3 +264,23 @@ def test_a_thousand_operations_trace_fast() -> None:
     closed = function.jaxpr()
     assert len(closed.eqns) >= 1000
     assert time.perf_counter() - begin < 2
+
+
+@pytest.mark.parametrize("engine", ["auto", "replay"])
+def test_where_nothing_else_reads_the_function(
+    engine: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in years: ``jax.export`` refuses its serialization, and what rebuilding needs is gone from JAX."""
+
+    def gone(*_: Any, **__: Any) -> Any:
+        raise UnsupportedFormatError("It cannot be read any more.")
+
+    exported = obmlite.export(mlp, PARAMS, obmlite.spec("f32[b,4]"))
+    expected = reloaded(exported, tmp_path, "export")(PARAMS, X)
+    monkeypatch.setattr(_engine, "_READERS", {"export": gone, "rebuild": gone})
+    again = obmlite.load(tmp_path / "f.obm", engine=engine).functions["f"]
+    np.testing.assert_array_equal(again(PARAMS, X), expected)
+    assert again.engine == "replay"
+    for other in ("export", "rebuild"):
+        with pytest.raises(UnsupportedFormatError):
+            obmlite.load(tmp_path / "f.obm", engine=other).functions["f"](PARAMS, X)

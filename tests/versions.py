@@ -15,7 +15,7 @@ converters  ``.cache/venvs/converters``           those of OpenVINO and ONNX Run
 ==========  ====================================  ===================================================================
 
 In ``oldest`` and ``newest`` the files of tests in ``LONG``, and everywhere the tests that are marked ``long``, run only
-with ``--all`` (``make test-all``).
+with ``--all`` (``make test-all``), as do ``tensorflow`` and ``converters``, unless they are asked for by ``--only``.
 
 Environments are made once, by plain pip, and made again when pyproject.toml changes. A run that should have been and
 was not is a failure. Only the standard library is used here.
@@ -294,6 +294,8 @@ def main() -> int:
         options.what == "golden" or options.extra
     ):  # of which that environment has nothing of its own, unless it is named
         chosen = [run for run in chosen if run.tests is None or run.name in (options.only or ())]
+    if options.what == "test" and not options.all and not options.only:
+        chosen = [run for run in chosen if run.name not in ("tensorflow", "converters")]
     chosen = [run for run in chosen if not options.only or run.name in options.only]
     results = [Result(run) for run in chosen]
     before: tuple[int, ...] = ()

@@ -444,6 +444,7 @@ def test_a_first_save_into_a_directory_that_was_left_makes_it_durable(path):
 # --- kills ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_kill_of_a_first_save(path):
     def check(kill):
         found = package_files(path)
@@ -465,6 +466,7 @@ def test_kill_of_a_first_save(path):
     assert {"write", "fsync", "replace", "mkdir"} == set(kill.calls)
 
 
+@pytest.mark.long
 def test_kill_of_a_replacement(path, tmp_path):
     # The old package comes with what the one before it left, so that the kills meet the clearing too.
     model = tmp_path / "prepared"

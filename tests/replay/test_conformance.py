@@ -49,7 +49,10 @@ def compare(case: Case, wanted: Sequence[Any], got: Sequence[Any]) -> list[str]:
 
 @pytest.mark.parametrize(
     "group",
-    [pytest.param(g, marks=[pytest.mark.skipif(OTHER_JAX, reason="slow")] if g in SLOW else []) for g in GROUPS],
+    [
+        pytest.param(g, marks=[pytest.mark.long, pytest.mark.skipif(OTHER_JAX, reason="slow")] if g in SLOW else [])
+        for g in GROUPS
+    ],
 )
 def test_functions_give_what_their_export_gives(group: str) -> None:
     cases = GROUPS[group]
