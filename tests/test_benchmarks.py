@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from benchmarks import calls, replaying, report
 from benchmarks.measure import Measured
 
@@ -43,6 +45,8 @@ def test_cases_on_several_devices_run(tmp_path):
 
 SAME_WORK = """
 import sys
+
+import pytest
 
 import jax
 import numpy as np
