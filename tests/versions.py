@@ -78,6 +78,7 @@ INDEPENDENT = {
 LONG = (
     "tests/replay/test_conformance.py",
     "tests/replay/test_old_artifacts.py",
+    "tests/replay/test_replay.py",
     "tests/test_captures.py",
     "tests/test_export_cases.py",
     "tests/test_gradients.py",
@@ -85,6 +86,7 @@ LONG = (
     "tests/test_networks.py",
     "tests/test_reproducible.py",
     "tests/test_saving.py",
+    "tests/test_transformations.py",
 )
 
 
