@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-from obmlite.errors import CorruptPackageError, context
-from obmlite.io import digest
+from obmlite.errors import context
+from obmlite.io import checked
 
 if TYPE_CHECKING:
     from obmlite.io.source import ByteSource
@@ -72,36 +71,13 @@ class StoredContent:
         source = self._store.open(self._record.path)
         try:
             with context(package=self._store.name):
-                _check(source, self._record)
+                record = self._record
+                for _ in checked.chunks(source, record.path, record.length, record.digest):
+                    pass
         except BaseException:
             source.close()
             raise
         return io.BufferedReader(_Reader(source), 1 << 16)
-
-
-def _check(source: ByteSource, record: FileRecord) -> None:
-    """Compares a file with what the manifest says.
-
-    Raises:
-      CorruptPackageError: it has another length or digest.
-    """
-    if source.size != record.length:
-        raise CorruptPackageError(
-            "A file has another length than the manifest says.",
-            field="length",
-            expected=f"{record.path}: {record.length} bytes",
-            found=f"{source.size} bytes",
-        )
-    whole = hashlib.sha256()
-    for start in range(0, record.length, digest.CHUNK):
-        whole.update(source.read(start, min(digest.CHUNK, record.length - start)))
-    if whole.digest() != record.digest:
-        raise CorruptPackageError(
-            "A file's digest does not match: its bytes were changed.",
-            field="digest",
-            expected=f"{record.path}: {record.digest.hex()}",
-            found=whole.hexdigest(),
-        )
 
 
 class _Reader(io.RawIOBase):

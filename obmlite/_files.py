@@ -11,7 +11,7 @@ from obmlite import _arrays
 from obmlite._arrays import Array
 from obmlite._collector import paused
 from obmlite.errors import CorruptPackageError, context
-from obmlite.io import digest, safetensors
+from obmlite.io import checked, digest, safetensors
 from obmlite.io.source import ByteSource
 from obmlite.io.store import Store
 from obmlite.schema.records import FileRecord, WeightsRecord
@@ -61,13 +61,7 @@ class WeightsFile(TensorFile):
         Raises:
           CorruptPackageError: the file's length or header differ from the manifest.
         """
-        if source.size != record.length:
-            raise CorruptPackageError(
-                "A weights file has another length than the manifest says.",
-                field="length",
-                expected=f"{record.path}: {record.length} bytes",
-                found=f"{source.size} bytes",
-            )
+        checked.check_length(source, record.path, record.length)
         prefix = source.read(0, min(8, source.size))
         raw = source.read(0, safetensors.header_size(prefix, source.size))
         found = digest.sha256(raw)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import math
 import os
@@ -17,7 +16,7 @@ from obmlite._tensors import StoredSource
 from obmlite._version import __version__
 from obmlite._writing import FILE_BYTES, Content, Part, Progress, Tensors, Writer, groups, numbered, record, slug
 from obmlite.errors import CorruptPackageError, UnsupportedFormatError, context
-from obmlite.io import digest
+from obmlite.io import checked, digest
 from obmlite.io.commit import Transaction
 from obmlite.io.store import LocalDirectory, Store
 from obmlite.loading import open_manifest
@@ -95,27 +94,10 @@ def _copy(transaction: Transaction, store: Store, file: r.FileRecord, advance: P
     folder, _, name = file.path.partition("/")
     source = store.open(file.path)
     try:
-        if source.size != file.length:
-            raise CorruptPackageError(
-                "A file has another length than the manifest says.",
-                field="length",
-                expected=f"{file.path}: {file.length} bytes",
-                found=f"{source.size} bytes",
-            )
         with transaction.create(folder) as staged:
-            whole = hashlib.sha256()
-            for start in range(0, file.length, digest.CHUNK):
-                data = source.read(start, min(digest.CHUNK, file.length - start))
-                whole.update(data)
+            for data in checked.chunks(source, file.path, file.length, file.digest):
                 staged.write(data)
                 advance(len(data))
-            if whole.digest() != file.digest:
-                raise CorruptPackageError(
-                    "A file's digest does not match: its bytes were changed.",
-                    field="digest",
-                    expected=f"{file.path}: {file.digest.hex()}",
-                    found=whole.digest().hex(),
-                )
             staged.finish(name)
     finally:
         source.close()

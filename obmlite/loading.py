@@ -23,9 +23,8 @@ from obmlite.errors import (
     context,
 )
 from obmlite.function import Function
-from obmlite.io import digest, versions
+from obmlite.io import checked, versions
 from obmlite.io.commit import MANIFEST
-from obmlite.io.source import ByteSource
 from obmlite.io.store import LocalDirectory, Store
 from obmlite.model import Model
 from obmlite.pipeline import BoundPipeline
@@ -92,7 +91,7 @@ def _open(path: str | os.PathLike[str], version: int | None, mmap: bool | None) 
         with context(package=store.name):
             manifest = decode(open_manifest(store))
             for file in manifest.files.values():
-                _open_file(store, file).close()
+                _check_there(store, file)
         return store, manifest
 
     store = LocalDirectory(path, mmap=mmap)
@@ -271,35 +270,21 @@ def read_file(store: Store, record: records.FileRecord) -> bytes:
     Raises:
       CorruptPackageError: they are not those that were saved.
     """
-    source = _open_file(store, record)
+    source = store.open(record.path)
     try:
-        data = source.read(0, source.size)
+        return checked.read(source, record.path, record.length, record.digest)
     finally:
         source.close()
-    found = digest.sha256(data)
-    if found != record.digest:
-        raise CorruptPackageError(
-            "A file's digest does not match: its bytes were changed.",
-            field="digest",
-            expected=f"{record.path}: {record.digest.hex()}",
-            found=found.hex(),
-        )
-    return data
 
 
-def _open_file(store: Store, record: records.FileRecord) -> ByteSource:
-    """A file that has as many bytes as were saved.
+def _check_there(store: Store, record: records.FileRecord) -> None:
+    """Looks whether a file has as many bytes as were saved.
 
     Raises:
       CorruptPackageError: it is not there, or has another length.
     """
     source = store.open(record.path)
-    if source.size != record.length:
+    try:
+        checked.check_length(source, record.path, record.length)
+    finally:
         source.close()
-        raise CorruptPackageError(
-            "A file has another length than the manifest says.",
-            field="length",
-            expected=f"{record.path}: {record.length} bytes",
-            found=f"{source.size} bytes",
-        )
-    return source

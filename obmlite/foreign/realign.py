@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from obmlite._files import TensorFile
 from obmlite.errors import ArgumentError, PackageExistsError, context
 from obmlite.foreign.files import Files, open_files
 from obmlite.io import safetensors
-from obmlite.io.staging import sync, sync_folder, write_all
+from obmlite.io.replacing import replacing_in
+from obmlite.io.staging import write_all
 
 _BLOCK = 8 << 20  # bytes that are copied at one time
 
@@ -57,7 +56,7 @@ def realign(
             )
     if files.index is not None or os.path.isdir(path):
         os.makedirs(folder, exist_ok=True)
-    with _replacing(folder) as create:
+    with replacing_in(folder) as create:
         for old, name in names.items():
             with create(name) as descriptor:
                 _rewrite(files.opened[old], files.headers[old], descriptor, progress)
@@ -78,37 +77,6 @@ def _places(path: str, out: str, files: Files) -> tuple[str, dict[str, str]]:
     folder, base = os.path.split(out)
     [old] = files.headers
     return folder or os.curdir, {old: base}
-
-
-@contextlib.contextmanager
-def _replacing(path: str) -> Iterator[Callable[[str], contextlib.AbstractContextManager[int]]]:
-    """Makes files in a directory, which get their names when the block ends well, and vanish otherwise."""
-    made: dict[str, str] = {}
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-
-    @contextlib.contextmanager
-    def create(name: str) -> Iterator[int]:
-        temporary = f".obmlite-{secrets.token_hex(8)}.tmp"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(temporary, flags, 0o666, dir_fd=folder)
-        made[name] = temporary
-        try:
-            yield descriptor
-            sync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    try:
-        yield create
-        for name in list(made):
-            os.replace(made[name], name, src_dir_fd=folder, dst_dir_fd=folder)
-            del made[name]
-        sync_folder(folder)
-    finally:
-        for temporary in made.values():
-            with contextlib.suppress(OSError):  # the error that led here must not be hidden by another
-                os.unlink(temporary, dir_fd=folder)
-        os.close(folder)
 
 
 def _rewrite(file: TensorFile, header: safetensors.Header, descriptor: int, progress: Callable[[int], Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +16,6 @@ from obmlite.errors import ArgumentError, CorruptPackageError
 from obmlite.io import safetensors
 from obmlite.io.filesystem import is_remote
 from obmlite.io.source import LocalFile
-from obmlite.io.staging import sync, sync_folder
 
 
 def filesystem(fs: Any) -> Any:
@@ -57,37 +55,6 @@ def local_path(filename: str | os.PathLike[str], fs: Any) -> str | None:
 
     path: str = strip_protocol(os.fspath(filename))
     return path
-
-
-@contextlib.contextmanager
-def replacing(path: str) -> Iterator[int]:
-    """A descriptor to write to; when the block ends well, the path holds what was written, durably.
-
-    Until then, and if it ends badly, the path holds what it held; a file that was mapped stays as it was.
-
-    Raises:
-      OSError: the file cannot be made, synchronized or renamed.
-    """
-    path = os.path.realpath(path)  # a link stays one
-    folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    temporary = f".{os.path.basename(path)[:200]}.{secrets.token_hex(8)}.tmp"
-    try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        descriptor = os.open(temporary, flags, 0o666, dir_fd=folder)
-        try:
-            try:
-                yield descriptor
-                sync(descriptor)
-            finally:
-                os.close(descriptor)
-            os.replace(temporary, os.path.basename(path), src_dir_fd=folder, dst_dir_fd=folder)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary, dir_fd=folder)
-            raise
-        sync_folder(folder)
-    finally:
-        os.close(folder)
 
 
 class File:

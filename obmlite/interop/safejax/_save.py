@@ -17,8 +17,9 @@ from obmlite._writing import LEAVES_KEY
 from obmlite.errors import ArgumentError, LeafError, RestoreError, context
 from obmlite.interop.safejax import _description, _names, _variables
 from obmlite.interop.safejax._description import TREE_KEY, Description
-from obmlite.interop.safejax._places import filesystem, local_path, replacing
+from obmlite.interop.safejax._places import filesystem, local_path
 from obmlite.io import digest, safetensors
+from obmlite.io.replacing import replacing
 from obmlite.io.staging import write_all
 from obmlite.plan import boxes
 from obmlite.specs import TensorSpec

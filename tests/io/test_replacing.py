@@ -1,0 +1,56 @@
+import os
+
+import pytest
+
+from obmlite.io.replacing import replacing, replacing_in
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    reader = os.open(path, os.O_RDONLY)
+    with replacing(path) as descriptor:
+        os.write(descriptor, b"ne")
+        assert path.read_bytes() == b"old"
+        os.write(descriptor, b"w")
+    assert path.read_bytes() == b"new"
+    assert os.pread(reader, 9, 0) == b"old"  # who had it open goes on reading it
+    os.close(reader)
+    with pytest.raises(ZeroDivisionError), replacing(path) as descriptor:
+        os.write(descriptor, b"half")
+        raise ZeroDivisionError
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "file")
+    with replacing(tmp_path / "link") as descriptor:
+        os.write(descriptor, b"data")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "there" / "file").read_bytes() == b"data"
+
+
+def test_several_files_get_their_names_together(tmp_path):
+    (tmp_path / "a").write_bytes(b"old")
+    folder = str(tmp_path)
+    with replacing_in(folder) as create:
+        for name in ("a", "b"):
+            with create(name) as descriptor:
+                os.write(descriptor, name.encode())
+            assert (tmp_path / "a").read_bytes() == b"old"
+            assert not (tmp_path / "b").exists()
+    assert sorted(os.listdir(folder)) == ["a", "b"]
+    assert (tmp_path / "a").read_bytes() == b"a"
+    with pytest.raises(ZeroDivisionError), replacing_in(folder) as create:
+        with create("a") as descriptor:
+            os.write(descriptor, b"newer")
+        raise ZeroDivisionError
+    assert sorted(os.listdir(folder)) == ["a", "b"]
+    assert (tmp_path / "a").read_bytes() == b"a"
+
+
+def test_a_directory_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError), replacing(tmp_path / "no" / "file"):
+        pass
