@@ -16,9 +16,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == b"new"
     assert os.pread(reader, 9, 0) == b"old"  # who had it open goes on reading it
     os.close(reader)
-    with pytest.raises(ZeroDivisionError), replacing(path) as descriptor:
-        os.write(descriptor, b"half")
-        raise ZeroDivisionError
+
+    def fail():
+        with replacing(path) as descriptor:
+            os.write(descriptor, b"half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert path.read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -43,10 +48,15 @@ def test_several_files_get_their_names_together(tmp_path):
             assert not (tmp_path / "b").exists()
     assert sorted(os.listdir(folder)) == ["a", "b"]
     assert (tmp_path / "a").read_bytes() == b"a"
-    with pytest.raises(ZeroDivisionError), replacing_in(folder) as create:
-        with create("a") as descriptor:
-            os.write(descriptor, b"newer")
-        raise ZeroDivisionError
+
+    def fail():
+        with replacing_in(folder) as create:
+            with create("a") as descriptor:
+                os.write(descriptor, b"newer")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert sorted(os.listdir(folder)) == ["a", "b"]
     assert (tmp_path / "a").read_bytes() == b"a"
 
