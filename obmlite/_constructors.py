@@ -225,6 +225,7 @@ class Constructors:
             metadata); all others are the module's, or those of ``apply``. Without arrays in them they are fixed.
 
         Raises:
+          ArgumentError: it is no such module, or has no such method.
           ExportError: the function cannot be exported as it is.
           LeafError: the variables, an argument or a result hold what is neither an array nor a number.
         """
@@ -249,6 +250,7 @@ class Constructors:
           **keywords: as for :meth:`from_linen`.
 
         Raises:
+          ArgumentError: it is no such module, or has no such method.
           ExportError: the function cannot be exported as it is.
           LeafError: the state, an argument or a result hold what is neither an array nor a number.
         """
@@ -280,6 +282,7 @@ class Constructors:
           **keywords: as for :meth:`from_linen`.
 
         Raises:
+          ArgumentError: it is no such module, or has no such method.
           ExportError: the function cannot be exported as it is, or ``state`` does not fit it.
           LeafError: weights, an argument or a result hold what is neither an array nor a number.
         """
@@ -302,6 +305,7 @@ class Constructors:
           **keywords: as for :meth:`from_linen`.
 
         Raises:
+          ArgumentError: it is no such module, or has no such method.
           ExportError: the function cannot be exported as it is.
           LeafError: a variable, an argument or a result hold what is neither an array nor a number.
         """
@@ -325,6 +329,7 @@ class Constructors:
           **keywords: as for :meth:`from_linen`.
 
         Raises:
+          ArgumentError: it is no such module, or has no such method.
           ExportError: the function cannot be exported as it is.
           LeafError: an argument or a result hold what is neither an array nor a number.
         """

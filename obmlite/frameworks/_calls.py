@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from obmlite.errors import ArgumentError
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModuleCall:
@@ -65,6 +67,32 @@ def module_call(
         weights=tuple(weights),
         name=name,
     )
+
+
+def method_of(module: Any, name: str, kind: str) -> Callable[..., Any]:
+    """A method of a module, bound to it.
+
+    Args:
+      module: what the user gave as one.
+      name: of the method.
+      kind: of module, for people: ``"a Flax Linen module"``.
+
+    Raises:
+      ArgumentError: it has no such method, so that it is perhaps no such module.
+    """
+    found = getattr(module, name, None)
+    if isinstance(module, type):
+        raise ArgumentError(
+            "A class is given where a module is wanted.", expected=kind, found=module.__qualname__, fix="make one of it"
+        )
+    if not callable(found):
+        raise ArgumentError(
+            f"A module without a method {name!r} is given.",
+            expected=f"{kind} with a method {name!r}",
+            found=type(module).__qualname__,
+        )
+    method: Callable[..., Any] = found
+    return method
 
 
 def _named(called: Callable[..., Any] | None, count: int, taken: set[str]) -> list[inspect.Parameter]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from obmlite.frameworks._calls import ModuleCall, module_call
+from obmlite.frameworks._calls import ModuleCall, method_of, module_call
 from obmlite.tree import Registration
 
 
@@ -53,7 +53,12 @@ def _state_out(state: Any) -> tuple[dict[str, Any], None]:
 
 
 def call(module: Any, args: Sequence[Any], keywords: Mapping[str, Any], *, state: Any, mutable: bool) -> ModuleCall:
-    """``module(*args, [state,] **keywords)``; the new state is kept if ``mutable``."""
+    """``module(*args, [state,] **keywords)``; the new state is kept if ``mutable``.
+
+    Raises:
+      ArgumentError: it is no module, or cannot be called.
+    """
+    method_of(module, "__call__", "an Equinox module")
     weights = {"module": module, **({} if state is None else {"state": state})}
 
     def apply(*given: Any, **keywords: Any) -> Any:

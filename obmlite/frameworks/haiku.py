@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from obmlite.errors import ExportError
-from obmlite.frameworks._calls import ModuleCall, module_call
+from obmlite.frameworks._calls import ModuleCall, method_of, module_call
 from obmlite.frameworks._static import making
 from obmlite.tree import Registration
 
@@ -58,10 +58,12 @@ def call(
     """``transformed.apply(params, [state,] [rng,] *args, **keywords)``; the new state is kept if ``mutable``.
 
     Raises:
+      ArgumentError: it is no transformed function.
       ExportError: a state is given to a function that has none, or the other way round; or it takes no ``rng``.
     """
     import haiku
 
+    method_of(transformed, "apply", "what hk.transform or hk.transform_with_state returned,")
     with_state = isinstance(transformed, haiku.TransformedWithState)
     if with_state == (state is None):
         raise ExportError(

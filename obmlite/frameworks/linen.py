@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from obmlite.frameworks._calls import ModuleCall, module_call
+from obmlite.frameworks._calls import ModuleCall, method_of, module_call
 from obmlite.frameworks._static import making
 from obmlite.tree import Registration
 
@@ -78,12 +78,21 @@ def call(
     method: Any,
     mutable: Any,
 ) -> ModuleCall:
-    """``module.apply(variables, *args, method=…, mutable=…, **keywords)``."""
+    """``module.apply(variables, *args, method=…, mutable=…, **keywords)``.
+
+    Raises:
+      ArgumentError: it is no module, or has no such method.
+    """
+    method_of(module, "apply", "a Flax Linen module")
 
     def apply(variables: Any, *args: Any, **keywords: Any) -> Any:
         return module.apply(variables, *args, method=method, mutable=mutable, **keywords)
 
-    called = functools.partial(method, module) if callable(method) else getattr(module, method or "__call__")
+    called = (
+        functools.partial(method, module)
+        if callable(method)
+        else method_of(module, method or "__call__", "a Flax Linen module")
+    )
     name = getattr(method, "__name__", "apply") if callable(method) else method or "apply"
     name = "apply" if name == "<lambda>" else name
     return module_call(apply, {"variables": variables}, args, keywords, called, name)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from obmlite.errors import LeafError
-from obmlite.frameworks._calls import ModuleCall, module_call
+from obmlite.frameworks._calls import ModuleCall, method_of, module_call
 from obmlite.frameworks._static import making
 from obmlite.tree import Registration, join, key_text, pack_static
 
@@ -157,9 +157,14 @@ def _fill(module: Any, leaves: Sequence[Any]) -> Any:
 def call(
     module: Any, args: Sequence[Any], keywords: Mapping[str, Any], *, method: str | None, mutable: bool
 ) -> ModuleCall:
-    """``module(*args, **keywords)``, or a method of it; with the new state if ``mutable``."""
+    """``module(*args, **keywords)``, or a method of it; with the new state if ``mutable``.
+
+    Raises:
+      ArgumentError: it is no module, or has no such method.
+    """
     from flax import nnx
 
+    called = method_of(module, method or "__call__", "a Flax NNX module")
     graphdef, state = nnx.split(module)
 
     def apply(state: Any, *args: Any, **keywords: Any) -> Any:
@@ -167,6 +172,4 @@ def call(
         result = getattr(own, method or "__call__")(*args, **keywords)
         return (result, nnx.state(own)) if mutable else result
 
-    return module_call(
-        apply, {"state": state}, args, keywords, getattr(module, method or "__call__"), method or "apply"
-    )
+    return module_call(apply, {"state": state}, args, keywords, called, method or "apply")

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from obmlite.frameworks._calls import ModuleCall, module_call
+from obmlite.frameworks._calls import ModuleCall, method_of, module_call
 from obmlite.frameworks._static import making
 from obmlite.tree import Registration
 
@@ -109,7 +109,13 @@ def _values(variables: Any, values: Mapping[str, Any]) -> Iterator[None]:
 
 
 def call(module: Any, args: Sequence[Any], keywords: Mapping[str, Any], *, mutable: bool) -> ModuleCall:
-    """``module(*args, **keywords)``; with the new values of its variables if ``mutable``."""
+    """``module(*args, **keywords)``; with the new values of its variables if ``mutable``.
+
+    Raises:
+      ArgumentError: it is no module, or cannot be called.
+    """
+    method_of(module, "vars", "an Objax module")
+    method_of(module, "__call__", "an Objax module")
     variables = module.vars()
 
     def apply(variables_: Any, *args: Any, **keywords: Any) -> Any:

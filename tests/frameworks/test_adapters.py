@@ -89,3 +89,38 @@ def test_a_leaf_within_is_named_from_the_top() -> None:
 def test_plain() -> None:
     value: Any = {"x": [flax_core.freeze({"a": {"b": 1}})], "y": (1, None)}
     assert trees.plain(value) == {"x": [{"a": {"b": 1}}], "y": (1, None)}
+
+
+class Callable:
+    """Neither a module nor uncallable."""
+
+    def __call__(self, x: Any) -> Any:
+        return x
+
+
+@pytest.mark.parametrize(
+    ("framework", "module", "lacks"),
+    [
+        ("linen", 1, "apply"),
+        ("linen", Callable(), "apply"),
+        ("nnx", 1, "__call__"),
+        ("haiku", Callable(), "apply"),
+        ("equinox", 1, "__call__"),
+    ],
+)
+def test_what_is_no_module_is_refused_by_name(framework: str, module: Any, lacks: str) -> None:
+    pytest.importorskip("flax" if framework in ("linen", "nnx") else framework)
+    with pytest.raises(obmlite.ArgumentError) as caught:
+        getattr(obmlite.Model, f"from_{framework}")(module, {}, np.ones(3))
+    assert lacks in str(caught.value.expected)
+    assert caught.value.found == type(module).__name__
+
+
+def test_a_class_and_a_method_that_is_not_there_are_refused() -> None:
+    from flax import linen
+
+    with pytest.raises(obmlite.ArgumentError, match="A class is given") as caught:
+        obmlite.Model.from_linen(linen.Dense, {}, np.ones(3))
+    assert caught.value.found == "Dense"
+    with pytest.raises(obmlite.ArgumentError, match="without a method 'nope'"):
+        obmlite.Model.from_linen(linen.Dense(3), {}, np.ones(3), method="nope")
