@@ -148,7 +148,8 @@ def _parser() -> argparse.ArgumentParser:
 
     whole = commands.add_parser("consolidate", help="copy a package, with tensors whole that lie in pieces")
     whole.add_argument("path", metavar="PATH", help="the package")
-    whole.add_argument("out", metavar="OUT", help="the new one, which is not there yet")
+    whole.add_argument("out", metavar="OUT", help="the new one")
+    whole.add_argument("--overwrite", action="store_true", help="replace a package that is there, also PATH itself")
     whole.add_argument(
         "--max-file-bytes", type=_count, metavar="N", help="bytes of tensors in one weights file (default 5 GB)"
     )
@@ -302,7 +303,7 @@ def _plan(options: argparse.Namespace, _: argparse.ArgumentParser) -> int:
 
 
 def _consolidate(options: argparse.Namespace, _: argparse.ArgumentParser) -> int:
-    consolidate(options.path, options.out, max_file_bytes=options.max_file_bytes)
+    consolidate(options.path, options.out, overwrite=options.overwrite, max_file_bytes=options.max_file_bytes)
     return GOOD
 
 

@@ -35,6 +35,7 @@ def consolidate(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    overwrite: bool = False,
     max_file_bytes: int | None = None,
     progress: bool | None = None,
 ) -> None:
@@ -45,13 +46,14 @@ def consolidate(
 
     Args:
       path: the package; it is left as it is.
-      out: the new package's directory, which is not there yet.
+      out: the new package's directory, which is not there yet, or a package that is to be replaced; also ``path``.
+      overwrite: whether a package that is at ``out`` may be replaced. Those who have it open go on reading it.
       max_file_bytes: bytes of tensors in one weights file before the next is begun; 5 GB if not given.
       progress: whether to show a progress bar; left out, only on a terminal.
 
     Raises:
       PackageNotFoundError: there is no package at the path.
-      PackageExistsError: there is something at ``out``.
+      PackageExistsError: there is a package at ``out``, or something that is no package.
       CorruptPackageError: a file is not what the manifest says.
       UnsupportedFormatError: a newer obmlite wrote the package, and there may be more in it than this one knows.
       OSError: the disk is full, say.
@@ -69,7 +71,7 @@ def consolidate(
             )
         total = sum(file.length for file in manifest.files.values())
         with (
-            Transaction(out, named=lambda before: decode(before).files) as transaction,
+            Transaction(out, overwrite=overwrite, named=lambda before: decode(before).files) as transaction,
             _packaging.bar(out, total, progress) as advance,
         ):
             others = [file for file in manifest.files.values() if file.kind is not r.FileKind.WEIGHTS]

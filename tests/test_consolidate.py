@@ -182,6 +182,20 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="needs Linux's account of memory")
+def test_a_package_over_itself(tmp_path, capsys):
+    save_in_pieces(tmp_path / "a", tree(), {"w": (3, 2)})
+    before = obmlite.load(tmp_path / "a")
+    assert cli.main(["consolidate", str(tmp_path / "a"), str(tmp_path / "a")]) == 1
+    assert "overwrite" in capsys.readouterr().err
+    assert cli.main(["consolidate", str(tmp_path / "a"), str(tmp_path / "a"), "--overwrite"]) == 0
+    after = obmlite.load(tmp_path / "a")
+    for name, leaf in after.weights["params"].flat.items():
+        assert np.asarray(leaf).tobytes() == np.asarray(before.weights["params"].flat[name]).tobytes()
+    pieces = decode((tmp_path / "a" / MANIFEST).read_bytes()).weights["params"].pieces
+    assert {len(own) for own in pieces} == {1}
+    assert verify(tmp_path / "a").good
+
+
 def test_memory_does_not_grow_with_the_tensors(tmp_path):
     value = np.arange(128 << 20, dtype=np.int32).reshape(1 << 14, 1 << 13)  # 512 MiB
     save_in_pieces(tmp_path / "pieces.obm", {"w": value}, {"w": (2, 4)})
