@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import collections
-import os
-import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import jax
@@ -21,23 +17,11 @@ from obmlite import placement
 from obmlite import tree as trees
 from obmlite.errors import ArgumentError, RestoreError
 from obmlite.specs import UNCONSTRAINED, MeshSpec, Partition, TensorSpec
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from tests.on_devices import on_devices
 
 
 def test_on_eight_devices() -> None:
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-4000:]}"
-    assert done.stdout.split() == CHECKS, "each has run and printed its name"
+    assert on_devices(__file__).split() == CHECKS, "each has run and printed its name"
 
 
 # --- what the checks share

@@ -11,7 +11,6 @@ import gc
 import mmap
 import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,33 +28,18 @@ import obmlite
 from obmlite import Model, Weights
 from obmlite.plan import Request, boxes, plan
 from tests import pieces
+from tests.on_devices import on_devices
 from tests.test_weights import file_of, offset_of
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = mmap.PAGESIZE
 MEBI = 1 << 20
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="needs Linux's /proc")
 def test_what_the_operating_system_counts(tmp_path: pathlib.Path) -> None:
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)],
-        env={
-            **os.environ,
-            "XLA_FLAGS": flags.strip(),
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": path,
-            "MALLOC_MMAP_THRESHOLD_": "131072",  # glibc then gives large buffers back as soon as they are freed
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-4000:]}"
-    assert done.stdout.split() == CHECKS, "each has run and printed its name"
+    # glibc then gives large buffers back as soon as they are freed
+    printed = on_devices(__file__, tmp_path, timeout=300, MALLOC_MMAP_THRESHOLD_="131072")
+    assert printed.split() == CHECKS, "each has run and printed its name"
 
 
 def mesh(*sizes: int) -> Mesh:

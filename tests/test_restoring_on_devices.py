@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 import threading
@@ -30,24 +28,12 @@ import obmlite
 from obmlite import Model, RestoreError, Weights, _arrays, dtypes
 from obmlite.plan import boxes
 from tests import pieces
+from tests.on_devices import on_devices
 from tests.test_weights import ON_DEVICE, bits, file_of, filled, offset_of, place_of
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def test_on_eight_devices(tmp_path: pathlib.Path) -> None:
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)],
-        env={**os.environ, "XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-4000:]}"
-    assert done.stdout.split() == CHECKS, "each has run and printed its name"
+    assert on_devices(__file__, tmp_path, timeout=300).split() == CHECKS, "each has run and printed its name"
 
 
 # --- what the checks share

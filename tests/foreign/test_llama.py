@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import os
 import pathlib
-import subprocess
 import sys
 from typing import Any
 
@@ -20,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 import obmlite
 from tests import llama
+from tests.on_devices import on_devices
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 MEBI = 1 << 20
 LAYERS, HIDDEN, VOCABULARY = 4, 1024, 8192
 BUDGET, REST = 8 * MEBI, 24 * MEBI  # what Python, JAX and the threads take besides
@@ -36,22 +35,9 @@ def test_restored_straight_into_place(tmp_path: pathlib.Path) -> None:
         tmp_path / "expected.npz",
         **{jax.tree_util.keystr(p): x.view(np.uint16) for p, x in jax.tree_util.tree_leaves_with_path(expected)},
     )
-    done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)],
-        env={
-            **os.environ,
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip(),
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-            "MALLOC_MMAP_THRESHOLD_": "131072",  # glibc then gives large buffers back as soon as they are freed
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
-    assert done.stdout.count("equal") == 4
+    # glibc then gives large buffers back as soon as they are freed
+    printed = on_devices(__file__, tmp_path, timeout=120, MALLOC_MMAP_THRESHOLD_="131072")
+    assert printed.count("equal") == 4
 
 
 def place(mesh: Mesh) -> Any:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,23 +9,11 @@ from hypothesis import strategies as st
 from obmlite.errors import ArgumentError
 from obmlite.plan import topology as topologies
 from obmlite.plan.topology import Topology, boxes, misfit, parse_axes
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+from tests.on_devices import on_devices
 
 
 def test_against_jax_on_eight_devices() -> None:
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-4000:]}"
-    assert done.stdout.split() == ["agree", "disagree"]
+    assert on_devices(__file__).split() == ["agree", "disagree"]
 
 
 MESHES = [(8,), (4, 2), (2, 4), (1, 8), (2, 2, 2), (2, 1, 2), (1,), (3,), (2, 3), (2, 1, 3)]
