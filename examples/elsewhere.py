@@ -1,13 +1,15 @@
 """Runs a package in a process that cannot import the framework it was made with, and compares bit by bit.
 
-The examples ``with_*.py`` call :func:`compare`; the process that it starts runs this file.
+The examples ``with_*.py`` call :func:`run` and :func:`compare`; the process that the latter starts runs this file.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.abc
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,15 @@ class Refuse(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, *_: Any) -> None:
         if name.partition(".")[0] == self.framework:
             raise ImportError(f"{name} is not there")
+
+
+def run(main: Callable[[Path], int], description: str | None) -> None:
+    """Runs an example, which gets the directory for what it makes and returns its exit status."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="directory for what is made (default: demo)")
+    folder = parser.parse_args().out
+    folder.mkdir(parents=True, exist_ok=True)
+    sys.exit(main(folder))
 
 
 def compare(package: Path, framework: str, x: Any, expected: Any) -> int:

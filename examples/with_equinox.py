@@ -5,8 +5,6 @@ python examples/with_equinox.py --out demo
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
 import elsewhere
@@ -54,8 +52,4 @@ def main(out: Path) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="directory for what is made (default: demo)")
-    folder = parser.parse_args().out
-    folder.mkdir(parents=True, exist_ok=True)
-    sys.exit(main(folder))
+    elsewhere.run(main, __doc__)
