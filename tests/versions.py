@@ -63,6 +63,7 @@ INDEPENDENT = {
     "tests/test_flushing.py": "the disk",
     "tests/test_independent_reader.py": "a reader without JAX",
     "tests/test_numbered_versions.py": "directories",
+    "tests/test_pipelines_document.py": "a document's text",
     "tests/test_planning.py": "a plan without devices",
     "tests/test_readme.py": "the README's text",
     "tests/test_restore_document.py": "a document's text",
