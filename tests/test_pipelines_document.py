@@ -1,4 +1,4 @@
-"""docs/pipelines.md says what is so: its code runs with the functions that it speaks of, and does what the text says."""
+"""docs/pipelines.md says what is so: its code runs, and does what the text says."""
 
 import pathlib
 import re
