@@ -287,6 +287,16 @@ def test_compile_options(tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(jax.jit(lambda: loaded(x))(), [0, 2])
 
 
+def test_other_compile_options() -> None:
+    plain = obmlite.export(lambda x: x, spec("f32[n]"), name="f")
+    options = {"cpu": {"xla_cpu_enable_fast_min_max": True}}
+    assert plain.compiled_with(options).compile_options == options
+    assert plain.compile_options == {}
+    with pytest.raises(obmlite.ExportError, match="abacus"):
+        plain.compiled_with({"abacus": {"beads": True}})
+
+
+
 def test_options_reach_the_compiler(tmp_path: pathlib.Path) -> None:
     def model(options: Any) -> obmlite.Model:
         return obmlite.Model.from_function(lambda x: x, spec("f32[n]"), weights=None, name="f", compile_options=options)
