@@ -13,9 +13,9 @@ import types
 from typing import Any
 
 import numpy as np
-from jax.extend.mlir import ir
 
 from obmlite import dtypes
+from obmlite._mlir import ir
 from obmlite.errors import ExportError
 
 __all__ = ["dtype_of", "elements_of", "kind_of", "parse_dtype", "text_of", "value_of"]

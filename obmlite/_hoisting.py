@@ -31,11 +31,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import sdy
 
 from obmlite import dtypes
 from obmlite._constants import dtype_of, elements_of, kind_of, text_of, value_of
+from obmlite._mlir import ir, sdy
 
 _CAPTURING = frozenset({"stablehlo.while", "stablehlo.case", "stablehlo.if"})
 _MANUAL = "sdy.manual_computation"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+from obmlite._collector import importing
 from obmlite.errors import ExportError, ObmliteError, UnsupportedFormatError
 
 _LAPACK = {
@@ -98,7 +99,8 @@ def prepare(artifact: bytes) -> None:
     if b"lapack_" in artifact:
         from jaxlib import lapack
 
-        lapack._lapack.initialize()
+        with importing():  # of SciPy
+            lapack._lapack.initialize()
 
 
 _DURABLE = frozenset({"builtin", "func", "stablehlo", "vhlo", "chlo"})

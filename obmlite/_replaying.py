@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.extend
 import numpy as np
 
-from obmlite.errors import CorruptPackageError, UnsupportedFormatError
+from obmlite.errors import CorruptPackageError, ObmliteError, UnsupportedFormatError
 
 if TYPE_CHECKING:
     from obmlite import replay
@@ -124,12 +123,13 @@ class Replays:
         record, here = self._program.modules[order], platform_at_hand()
         kept = range(len(record.arguments)) if record.kept is None else record.kept
         values = [_stored(arguments[n], record.arguments[n]) for n in kept]
-        if here in record.platforms:
-            results = self._call(order, here)(*values)
-        else:  # JAX decides when it lowers, and refuses what it lowers for any other platform
-            branches = {platform: self._call(order, platform) for platform in record.platforms}
-            results = jax.lax.platform_dependent(*values, **branches)
-        return tuple(map(_logical, results, record.results))
+        with contextlib.nullcontext() if self._program.apart is None else _forged(record):
+            if here in record.platforms:
+                results = self._call(order, here)(*values)
+            else:  # JAX decides when it lowers, and refuses what it lowers for any other platform
+                branches = {platform: self._call(order, platform) for platform in record.platforms}
+                results = jax.lax.platform_dependent(*values, **branches)
+            return tuple(_logical(value, spec) for value, spec in zip(results, record.results, strict=True))
 
     def _call(self, order: int, platform: str) -> Callable[..., tuple[Any, ...]]:
         from obmlite import replay
@@ -143,9 +143,28 @@ class Replays:
     def _module(self, order: int) -> replay.Program:
         if order not in self._modules:
             record = self._program.modules[order]
-            blob = self._program.blobs(record)
-            self._modules[order] = _read(record, blob[record.offset : record.offset + record.length])
+            self._modules[order] = _read(record, self._program.artifact(record), self._program.apart)
         return self._modules[order]
+
+
+@contextlib.contextmanager
+def _forged(record: ModuleRecord) -> Iterator[None]:
+    """Within this, a stranger's module is traced, which may say anything of its operations.
+
+    Raises:
+      UnsupportedFormatError: JAX, or a rule, has met what no module that was exported says.
+    """
+    try:
+        yield
+    except ObmliteError:
+        raise
+    except Exception as error:
+        raise UnsupportedFormatError(
+            "An operation of the function is not of a form that is known.",
+            object=record.name,
+            field="operation",
+            found=f"{type(error).__name__}: {error}"[:300],
+        ) from error
 
 
 def too_new(record: ModuleRecord) -> UnsupportedFormatError:
@@ -166,7 +185,7 @@ def unread(error: UnsupportedFormatError) -> replay.Reason:
     return replay.Reason("module", 1, error.found or error.problem)
 
 
-def _read(record: ModuleRecord, artifact: bytes) -> replay.Program:
+def _read(record: ModuleRecord, artifact: bytes, apart: Callable[[bytes], bytes] | None) -> replay.Program:
     from obmlite import replay
 
     if record.calling_convention not in CALLING_CONVENTIONS:
@@ -182,7 +201,7 @@ def _read(record: ModuleRecord, artifact: bytes) -> replay.Program:
             found=", ".join((*record.ordered_effects, *record.unordered_effects)),
         )
     try:
-        program = replay.read(artifact)
+        program = replay.read(artifact if apart is None else apart(artifact))
     except UnsupportedFormatError as error:
         raise (too_new(record) if error.field == "stablehlo" else error) from error
     called = {
@@ -224,7 +243,9 @@ def platform_at_hand() -> str:
     device = jax.config.jax_default_device
     platform = str(getattr(device, "platform", device) or jax.default_backend())
     if platform == "gpu":  # JAX's name for both kinds
-        return "rocm" if "rocm" in jax.extend.backend.get_backend("gpu").platform_version.lower() else "cuda"
+        from jax.extend import backend  # takes long to import
+
+        return "rocm" if "rocm" in backend.get_backend("gpu").platform_version.lower() else "cuda"
     return platform
 
 

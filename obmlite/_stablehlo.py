@@ -1,24 +1,21 @@
 """StableHLO modules as they are saved: without large constants, source locations and empty meshes, at an old target.
 
-Uses ``jax.extend.mlir`` (public; the same from JAX 0.9.2 to 0.12). Only modules that are trusted are parsed here, such
-as this process made: MLIR's reader does not survive hostile bytes.
+Only modules that this process made are parsed here.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from jax.extend.mlir import ir, passmanager
-from jax.extend.mlir.dialects import chlo, sdy, stablehlo
+from jax.extend.mlir import passmanager
 
 from obmlite import _hoisting
 from obmlite._hoisting import Constant
+from obmlite._mlir import ir, look_into, parsed, sdy, stablehlo
 
-__all__ = ["OLDEST_TARGET", "Constant", "Module", "look", "normalise"]
+__all__ = ["OLDEST_TARGET", "Constant", "Module", "normalise"]
 
 OLDEST_TARGET = "1.14.0"
 """StableHLO of the oldest JAX that obmlite supports (0.9.2), so that it can run what newer ones save."""
@@ -53,38 +50,14 @@ def normalise(artifact: bytes, *, limit: int = 1024) -> Module:
       artifact: a portable artifact, as ``jax.export`` makes them.
       limit: bytes that a constant may have and stay.
     """
-    with _parsed(artifact) as module:
+    with parsed(artifact) as module:
         _drop_empty_meshes(module)
         hoisted, constants = _hoisting.hoist(module, limit)
         passmanager.PassManager.parse("builtin.module(strip-debuginfo)").run(module.operation)
         module.operation.verify()
-        custom_calls, dialects = _look(module)
+        custom_calls, dialects = look_into(module)
         version, out = _serialize(module)
     return Module(out, version, custom_calls, dialects, hoisted, constants)
-
-
-def look(artifact: bytes) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Targets of a module's custom calls, and dialects of its operations, each sorted.
-
-    Args:
-      artifact: a portable artifact that is trusted.
-    """
-    with _parsed(artifact) as module:
-        return _look(module)
-
-
-@contextlib.contextmanager
-def _parsed(artifact: bytes) -> Iterator[Any]:
-    """The module in a context of its own: a context keeps every constant that it has met as long as it lives."""
-    context = ir.Context()
-    for dialect in (stablehlo, chlo, sdy):
-        dialect.register_dialect(context)
-    handler = context.attach_diagnostic_handler(lambda _: True)  # else MLIR writes what is raised here to stderr too
-    try:
-        with context, ir.Location.unknown():
-            yield stablehlo.deserialize_portable_artifact(context, artifact)
-    finally:
-        handler.detach()
 
 
 def _drop_empty_meshes(module: Any) -> None:
@@ -122,21 +95,6 @@ def _drop_empty_meshes(module: Any) -> None:
     for name, op in meshes.items():
         if not any(f"@{name}" in text for text in others):
             op.erase()
-
-
-def _look(module: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    custom_calls: set[str] = set()
-    dialects: set[str] = set()
-
-    def visit(op: Any) -> Any:
-        name = op.name
-        dialects.add(name.partition(".")[0])
-        if name == "stablehlo.custom_call":
-            custom_calls.add(ir.StringAttr(op.attributes["call_target_name"]).value)
-        return ir.WalkResult.ADVANCE
-
-    module.operation.walk(visit)
-    return tuple(sorted(custom_calls)), tuple(sorted(dialects))
 
 
 def _targets() -> list[str]:

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from obmlite._collector import paused
+from obmlite._collector import importing, paused
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +53,23 @@ def test_the_last_of_several_threads_resumes_it():
     leave.set()
     thread.join()
     assert gc.isenabled()
+
+
+def test_what_was_imported_is_old_at_once():
+    with importing():
+        made = [[] for _ in range(10)]
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    old = set(map(id, gc.get_objects(2)))
+    assert all(id(each) in old for each in made)
+
+
+def test_what_somebody_put_aside_stays_there():
+    gc.freeze()
+    try:
+        count = gc.get_freeze_count()
+        with importing():
+            pass
+        assert gc.get_freeze_count() == count
+    finally:
+        gc.unfreeze()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax import export, lax
 
-from obmlite import _stablehlo
+from obmlite import _mlir, _stablehlo
 
 f32 = jax.ShapeDtypeStruct((4, 4), "float32")
 
@@ -122,15 +122,15 @@ def test_a_mesh_is_seen() -> None:
 def test_look_says_what_normalise_said(f: Any) -> None:
     data = artifact(f, platforms=("cpu", "tpu"))
     module = _stablehlo.normalise(data)
-    assert _stablehlo.look(module.artifact) == (module.custom_calls, module.dialects)
-    assert _stablehlo.look(data) == (module.custom_calls, module.dialects)
+    assert _mlir.look(module.artifact) == (module.custom_calls, module.dialects)
+    assert _mlir.look(data) == (module.custom_calls, module.dialects)
 
 
 def test_look_changes_nothing() -> None:
     table = np.arange(1000, dtype="f4")
     data = artifact(lambda x: x + table[3] + jnp.asarray(table)[:4])
     before = bytes(data)
-    _stablehlo.look(data)
+    _mlir.look(data)
     assert data == before
     assert len(_stablehlo.normalise(data).hoisted) == 1
 

@@ -23,13 +23,13 @@ import numpy as np
 from obmlite import dims, dtypes
 from obmlite import tree as trees
 from obmlite.errors import ArgumentError, CorruptPackageError, ExportError, LeafError, ObmliteError, context
-from obmlite.pipeline import HostStep, register_host_step
+from obmlite.pipeline import HostStep
 from obmlite.schema.records import ArgumentKind
 from obmlite.signature import Signature
 from obmlite.specs import TensorSpec, spec
 from obmlite.supplemental import Supplemental
 
-__all__ = ["HANDLE", "SAVED_MODEL", "SAVED_MODEL_NAME", "STRING", "Handle", "Step", "TextSignature", "install", "parse"]
+__all__ = ["HANDLE", "SAVED_MODEL", "SAVED_MODEL_NAME", "STRING", "Handle", "Step", "TextSignature", "parse"]
 
 HANDLE = "application/x.obmlite-tensorflow-function"
 """MIME type of a handle."""
@@ -45,11 +45,6 @@ SAVED_MODEL_NAME = "tensorflow_saved_model"
 """The name of a package's SavedModel, if it is not given another."""
 
 INSTALL = "pip install 'obmlite[tensorflow]'"
-
-
-def install() -> None:
-    """Lets pipelines have TensorFlow's functions as steps."""
-    register_host_step(HANDLE, Step)
 
 
 def import_tensorflow(what: str) -> Any:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from obmlite.errors import ArgumentError, UnknownNameError
-from obmlite.replay import _documentation, _survey
+from obmlite.replay import _documentation, _special, _survey
 from obmlite.replay import rules as _rules
 from obmlite.replay._interpreter import PLATFORM_INDEX, Replay, check_argument, traceable
 from obmlite.replay._program import Program
@@ -76,6 +76,7 @@ def to_jax(
         )
     if reasons := check(program, function=function, custom_calls=given, platform_index=platform_index):
         raise _survey.refusal(reasons)
+    special = _special.look(program)
     block = main.body
     taken = [kind for kind, name in zip(block.types, constants, strict=True) if name != PLATFORM_INDEX]
 
@@ -101,7 +102,7 @@ def to_jax(
             np.asarray(platform_index, kind.dtype) if name == PLATFORM_INDEX else jax.numpy.asarray(next(rest))
             for kind, name in zip(block.types, constants, strict=True)
         ]
-        results = Replay(program, given, axes_of(arrays)).call(function, values)
+        results = Replay(program, given, special, axes_of(arrays)).call(function, values)
         return tuple(jax.numpy.asarray(traceable(result)) for result in results)
 
     replayed.__name__ = replayed.__qualname__ = "replayed"

@@ -1,6 +1,6 @@
 """MLIR attributes and types as Python and numpy values.
 
-Uses ``jax.extend.mlir`` (public; the same in JAX 0.9.2, 0.10.2 and 0.12). Its bindings give a class of their own only
+MLIR's bindings, the same in JAX 0.9.2, 0.10.2 and 0.12, give a class of their own only
 to builtin attributes; those of a dialect are told apart by how they are written.
 """
 
@@ -14,10 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import sdy, stablehlo
 
 from obmlite import _constants
+from obmlite._mlir import ir, sdy, stablehlo
 from obmlite.replay._program import TensorType
 
 __all__ = [

@@ -7,6 +7,7 @@ Integers that are computed from known ones stay known, so that shapes that a mod
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ from jax import lax
 from obmlite.errors import ArgumentError, UnsupportedFormatError
 from obmlite.replay import _slices
 from obmlite.replay._markers import Marker, arithmetic, plain, step
-from obmlite.replay._program import Block, Operation, Program, TensorType
+from obmlite.replay._program import MAX_TENSOR_BYTES, Block, Operation, Program, TensorType, over
+from obmlite.replay._special import Special, Specials, derived
 from obmlite.replay._table import RULES, Rule, unsupported
 
 __all__ = ["MAX_CALL_DEPTH", "MAX_FOLDED", "MAX_STEPS", "Replay", "Site", "is_known"]
@@ -47,14 +49,20 @@ class Replay:
     Args:
       program: what to run.
       custom_calls: functions of the user by target: ``call(*operands, **attributes)``.
+      special: its special functions.
       axes: mesh axes over which its arguments vary, inside ``shard_map``.
     """
 
     def __init__(
-        self, program: Program, custom_calls: Mapping[str, Callable[..., Any]], axes: frozenset[str] = frozenset()
+        self,
+        program: Program,
+        custom_calls: Mapping[str, Callable[..., Any]],
+        special: Specials,
+        axes: frozenset[str] = frozenset(),
     ) -> None:
         self.program = program
         self.custom_calls = custom_calls
+        self.special = special
         self.axes = axes
         self._depth = 0
         self._steps = 0
@@ -68,7 +76,7 @@ class Replay:
     def block(self, block: Block, arguments: Sequence[Any], around: Environment) -> list[Any]:
         """Runs a block's operations, and gives what it returns."""
         if self._depth >= MAX_CALL_DEPTH:
-            raise _over("calls within calls", MAX_CALL_DEPTH)
+            raise over("calls within calls", MAX_CALL_DEPTH)
         self._depth += 1
         try:
             values = dict(around)
@@ -77,8 +85,12 @@ class Replay:
             for operation in block.operations:
                 self._steps += 1
                 if self._steps > MAX_STEPS:
-                    raise _over("operations to run", MAX_STEPS)
-                results = self.operation(operation, values, spread)
+                    raise over("operations to run", MAX_STEPS)
+                first = operation.results[0] if operation.results else -1
+                if first in self.special.within:
+                    continue
+                special = self.special.values.get(first)
+                results = self.operation(operation, values, spread) if special is None else self._run(special, values)
                 values.update(zip(operation.results, results, strict=True))
             return [values[value] for value in block.returns]
         finally:
@@ -117,6 +129,23 @@ class Replay:
         if marked and len(results) == 1:
             return (arithmetic(operation, operands, results[0]),)
         return results
+
+    def _run(self, special: Special, around: Environment) -> Sequence[Any]:
+        """A special function, by its operations, with its own derivative."""
+        argument = plain(around[special.argument])
+        last = special.operations[-1]
+
+        def run(argument: Any) -> Any:
+            values: Environment = {**around, special.argument: argument}
+            spread: Environment = {}
+            for operation in special.operations:
+                values.update(zip(operation.results, self.operation(operation, values, spread), strict=True))
+            return traceable(values[last.results[0]])
+
+        if is_known(argument):  # nothing to derive by
+            return (run(argument),)
+        with self._width(last):
+            return (derived(special.function, run)(argument),)
 
     def _ready(self, number: int, value: Any, spread: Environment) -> Any:
         if not isinstance(value, np.ndarray) or value.size <= 1 or any(value.strides):
@@ -237,6 +266,8 @@ def _check(operation: Operation, result: Any, kind: TensorType) -> None:
     if kind.dtype is None or result is None:  # a token; what nothing takes
         return
     shape = np.shape(result)
+    if math.prod(shape) * result.dtype.itemsize > MAX_TENSOR_BYTES:  # of a dimension that was not known before
+        raise over("bytes of one tensor", MAX_TENSOR_BYTES)
     if (
         result.dtype != kind.dtype
         or len(shape) != len(kind.shape)
@@ -248,12 +279,6 @@ def _check(operation: Operation, result: Any, kind: TensorType) -> None:
             expected=kind.text,
             found=f"{result.dtype}{list(shape)}",
         )
-
-
-def _over(what: str, limit: int) -> UnsupportedFormatError:
-    return UnsupportedFormatError(
-        f"The module has too many {what} to be replayed.", field=what, expected=f"at most {limit}", found="more"
-    )
 
 
 def check_argument(index: int, value: Any, kind: TensorType) -> None:

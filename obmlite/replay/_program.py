@@ -9,7 +9,12 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Block", "Function", "Operation", "Program", "TensorType"]
+from obmlite.errors import UnsupportedFormatError
+
+__all__ = ["MAX_TENSOR_BYTES", "Block", "Function", "Operation", "Program", "TensorType", "over"]
+
+MAX_TENSOR_BYTES = 1 << 48
+"""Bytes of one tensor: far beyond any memory, and far below what overflows in XLA, which crashes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,6 +41,11 @@ class TensorType:
     def wide(self) -> bool:
         """Whether JAX has such arrays only in its 64-bit mode."""
         return self.dtype is not None and self.dtype.itemsize // (2 if self.dtype.kind == "c" else 1) > 4
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes; with dynamic dimensions, at least."""
+        return 0 if self.dtype is None else math.prod(size or 1 for size in self.shape) * self.dtype.itemsize
 
     @property
     def elements(self) -> int | None:
@@ -143,3 +153,10 @@ class Program:
     definitions: Mapping[int, Operation]
     used: frozenset[int]
     count: int
+
+
+def over(what: str, limit: int) -> UnsupportedFormatError:
+    """The error for a module that is over a limit."""
+    return UnsupportedFormatError(
+        f"The module has too many {what} to be replayed.", field=what, expected=f"at most {limit}", found="more"
+    )

@@ -6,17 +6,17 @@ digests first.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
-from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import chlo, sdy, stablehlo
-
+from obmlite._mlir import in_context, ir, sdy, stablehlo
 from obmlite.errors import UnsupportedFormatError
 from obmlite.replay._attributes import decode, read_constant, read_type
-from obmlite.replay._program import Block, Function, Operation, Program, TensorType
+from obmlite.replay._program import MAX_TENSOR_BYTES, Block, Function, Operation, Program, TensorType, over
 
-__all__ = ["MAX_CONSTANT_BYTES", "MAX_DEPTH", "MAX_OPERATIONS", "read"]
+__all__ = ["MAX_CONSTANT_BYTES", "MAX_DEPTH", "MAX_OPERATIONS", "read", "rewrite"]
 
 MAX_DEPTH = 64
 """Regions within regions."""
@@ -26,6 +26,8 @@ MAX_OPERATIONS = 1_000_000
 
 MAX_CONSTANT_BYTES = 1 << 30
 """Bytes of all constants of a module that are no splats: as hoisting leaves them, a module has next to none."""
+
+_MAGIC = b"ML\xefR"  # of MLIR bytecode
 
 _TERMINATORS = frozenset({"func.return", "stablehlo.return", "sdy.return"})
 
@@ -39,32 +41,46 @@ def read(module: bytes | str) -> Program:
     Raises:
       UnsupportedFormatError: this JAX's StableHLO does not read it, or it is over a limit.
     """
-    context = ir.Context()
-    for dialect in (stablehlo, chlo, sdy):
-        dialect.register_dialect(context)
+    with _opened(module) as parsed:
+        return _Reader().program(parsed)
+
+
+def rewrite(module: bytes) -> bytes:
+    """A portable artifact, written anew by MLIR, at this JAX's version of StableHLO; reads it before and after.
+
+    Args:
+      module: a portable artifact, from anywhere: it may crash the process.
+
+    Raises:
+      UnsupportedFormatError: this JAX's StableHLO does not read it, or it is over a limit.
+    """
+    if not module.startswith(_MAGIC):  # MLIR would take it for text, of any dialect
+        raise UnsupportedFormatError(
+            "The module is no portable artifact.", field="code", expected=f"{_MAGIC!r} first", found=repr(module[:4])
+        )
+    with _opened(module) as parsed:
+        parsed.operation.verify()
+        anew = bytes(stablehlo.serialize_portable_artifact(parsed, stablehlo.get_current_version(), True))
+    read(anew)
+    return anew
+
+
+@contextlib.contextmanager
+def _opened(module: bytes | str) -> Iterator[Any]:
     messages: list[str] = []
-
-    def listen(diagnostic: Any) -> bool:
-        messages.append(str(diagnostic.message))
-        return True  # else MLIR writes what is raised here to stderr too
-
-    handler = context.attach_diagnostic_handler(listen)
-    try:
-        with context, ir.Location.unknown():
-            try:
-                parsed = _parse(context, module)
-            except (ValueError, ir.MLIRError) as error:
-                current = stablehlo.get_current_version()
-                raise UnsupportedFormatError(
-                    "This JAX does not read the module.",
-                    field="stablehlo",
-                    expected=f"StableHLO up to {current}",
-                    found="; ".join(messages)[:300] or str(error)[:300],
-                    fix="a later JAX, if a later one wrote it",
-                ) from error
-            return _Reader().program(parsed)
-    finally:
-        handler.detach()
+    with in_context(messages.append) as context:
+        try:
+            parsed = _parse(context, module)
+        except (ValueError, ir.MLIRError) as error:
+            current = stablehlo.get_current_version()
+            raise UnsupportedFormatError(
+                "This JAX does not read the module.",
+                field="stablehlo",
+                expected=f"StableHLO up to {current}",
+                found="; ".join(messages)[:300] or str(error)[:300],
+                fix="a later JAX, if a later one wrote it",
+            ) from error
+        yield parsed
 
 
 def _parse(context: Any, module: bytes | str) -> Any:
@@ -111,12 +127,12 @@ class _Reader:
             name,
             self.block(op.regions[0], 0),
             tuple(fact.get("jax.global_constant") for fact in facts),
-            tuple(map(read_type, kind.results)),
+            tuple(map(self.kind, kind.results)),
         )
 
     def block(self, region: Any, depth: int) -> Block:
         if depth > MAX_DEPTH:
-            raise _over("regions within regions", MAX_DEPTH)
+            raise over("regions within regions", MAX_DEPTH)
         blocks = list(region.blocks)
         if not blocks:
             return Block((), (), (), ())
@@ -126,7 +142,7 @@ class _Reader:
             )
         (block,) = blocks
         arguments = tuple(map(self.number, block.arguments))
-        types = tuple(read_type(argument.type) for argument in block.arguments)
+        types = tuple(self.kind(argument.type) for argument in block.arguments)
         operations: list[Operation] = []
         returns: tuple[int, ...] = ()
         for view in block.operations:
@@ -141,9 +157,9 @@ class _Reader:
     def operation(self, op: Any, depth: int) -> Operation:
         self.count += 1
         if self.count > MAX_OPERATIONS:
-            raise _over("operations", MAX_OPERATIONS)
+            raise over("operations", MAX_OPERATIONS)
         operands = tuple(op.operands)
-        types = tuple(read_type(result.type) for result in op.results)
+        types = tuple(self.kind(result.type) for result in op.results)
         if op.name == "stablehlo.constant":
             attributes = {"value": self.constant(op, types[0])}
         else:
@@ -168,14 +184,14 @@ class _Reader:
         if any(value.strides):
             self.constant_bytes += value.nbytes
         if self.constant_bytes > MAX_CONSTANT_BYTES:
-            raise _over("bytes of constants", MAX_CONSTANT_BYTES)
+            raise over("bytes of constants", MAX_CONSTANT_BYTES)
         return value
+
+    def kind(self, kind: Any) -> TensorType:
+        found = read_type(kind)
+        if found.nbytes > MAX_TENSOR_BYTES:
+            raise over("bytes of one tensor", MAX_TENSOR_BYTES)
+        return found
 
     def number(self, value: Any) -> int:
         return self.values.setdefault(value, len(self.values))
-
-
-def _over(what: str, limit: int) -> UnsupportedFormatError:
-    return UnsupportedFormatError(
-        f"The module has too many {what} to be replayed.", field=what, expected=f"at most {limit}", found="more"
-    )

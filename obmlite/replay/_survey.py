@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from obmlite.errors import UnsupportedFormatError
-from obmlite.replay._interpreter import PLATFORM_INDEX
-from obmlite.replay._program import Block, Operation, Program
+from obmlite.replay import _sizes
+from obmlite.replay._interpreter import MAX_STEPS, PLATFORM_INDEX
+from obmlite.replay._program import Block, Operation, Program, over
 from obmlite.replay._table import COMPOSITES, CUSTOM_CALLS, REFUSED, RULES
 
 __all__ = ["Reason", "reached", "reasons", "refusal"]
@@ -55,8 +56,11 @@ def refusal(found: Sequence[Reason]) -> UnsupportedFormatError:
 def reasons(program: Program, function: str, given: Collection[str], platform_index: int | None) -> list[Reason]:
     """What keeps a function from being replayed."""
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
+    of_content = _sizes.of_content(program, function)
     for operation in reached(program, function, platform_index, given):
         reason = _reason(operation, program, given)
+        if reason is None and operation in of_content:
+            reason = "a size depends on the content of an array"
         if reason is not None:
             counts[operation.title, reason] += 1
     return [Reason(name, count, reason) for (name, reason), count in sorted(counts.items())]
@@ -65,7 +69,11 @@ def reasons(program: Program, function: str, given: Collection[str], platform_in
 def reached(
     program: Program, function: str, platform_index: int | None, given: Collection[str] = ()
 ) -> Iterator[Operation]:
-    """Each operation that a function reaches, once."""
+    """Each operation that a function reaches, once.
+
+    Raises:
+      UnsupportedFormatError: there is too much to look at.
+    """
     if function in program.functions:
         yield from _Walk(program, platform_index, given).run(function)
 
@@ -81,11 +89,15 @@ class _Walk:
         start = tuple(self.index if name == PLATFORM_INDEX else None for name in main.constants)
         pending = [(function, start)]
         met, told = set(pending), set()
+        steps = 0
         while pending:
             name, known = pending.pop()
             body = self.program.functions[name].body
             values = {n: v for n, v in zip(body.arguments, known, strict=True) if v is not None}
             for operation, callee in self.block(body, values):
+                steps += 1
+                if steps > MAX_STEPS:  # functions that count, by what they know when they call themselves
+                    raise over("operations to look at", MAX_STEPS)
                 if operation not in told:
                     told.add(operation)
                     yield operation

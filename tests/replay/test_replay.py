@@ -541,3 +541,56 @@ def test_every_operation_of_stablehlo_has_a_rule_or_a_reason() -> None:
 def test_the_document_has_the_table() -> None:
     written = DOCUMENT.read_text().partition("<!-- generated: python -m obmlite.replay -->\n")[2]
     assert written.partition("<!-- end -->")[0].strip() == replay.table().strip()
+
+
+SLICE = """
+func.func @main(%x: tensor<8xf32>, %n: tensor<1xi32>) -> tensor<?xf32> {{
+  %zero = stablehlo.constant dense<0> : tensor<1xi32>
+  %one = stablehlo.constant dense<1> : tensor<1xi32>
+  %0 = func.call @cut(%x, {start}, {limit}, %one)
+    : (tensor<8xf32>, tensor<1xi32>, tensor<1xi32>, tensor<1xi32>) -> tensor<?xf32>
+  return %0 : tensor<?xf32>
+}}
+func.func private @cut(%x: tensor<8xf32>, %a: tensor<1xi32>, %b: tensor<1xi32>, %s: tensor<1xi32>) -> tensor<?xf32> {{
+  %b2 = stablehlo.add %b, %b : tensor<1xi32>
+  %0 = stablehlo.real_dynamic_slice %x, %a, %b2, %s
+    : (tensor<8xf32>, tensor<1xi32>, tensor<1xi32>, tensor<1xi32>) -> tensor<?xf32>
+  return %0 : tensor<?xf32>
+}}
+"""
+
+
+@pytest.mark.parametrize(("start", "limit"), [("%n", "%one"), ("%zero", "%n")])
+def test_a_size_in_the_content_of_an_array_is_refused_before_anything_runs(start: str, limit: str) -> None:
+    module = SLICE.format(start=start, limit=limit)
+    (reason,) = replay.check(module)
+    assert reason.operation == "stablehlo.real_dynamic_slice"
+    assert "content of an array" in reason.reason
+    with pytest.raises(UnsupportedFormatError, match="content of an array"):
+        replay.to_jax(module)
+
+
+def test_a_size_that_is_known_is_replayed() -> None:
+    module = SLICE.format(start="%one", limit="%one")
+    assert not replay.check(module)
+    x = np.arange(8, dtype="float32")
+    np.testing.assert_array_equal(replay.to_jax(module)(x, np.array([3], "int32"))[0], x[1:2])
+
+
+@pytest.mark.parametrize(
+    ("operation", "result"),
+    [
+        ("stablehlo.dynamic_iota %n, dim = 0 : (tensor<1xi32>)", "tensor<?xf32>"),
+        ("stablehlo.dynamic_broadcast_in_dim %y, %n, dims = [] : (tensor<f32>, tensor<1xi32>)", "tensor<?xf32>"),
+        ("stablehlo.dynamic_reshape %x, %n : (tensor<8xf32>, tensor<1xi32>)", "tensor<?xf32>"),
+    ],
+)
+def test_a_shape_in_the_content_of_an_array_is_refused(operation: str, result: str) -> None:
+    module = f"""
+    func.func @main(%x: tensor<8xf32>, %y: tensor<f32>, %n: tensor<1xi32>) -> {result} {{
+      %0 = {operation} -> {result}
+      return %0 : {result}
+    }}
+    """
+    (reason,) = replay.check(module)
+    assert "content of an array" in reason.reason
