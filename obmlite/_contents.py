@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-from obmlite.errors import context
+from obmlite.errors import CorruptPackageError, context
 from obmlite.io import checked
+from obmlite.io.digest import CHUNK, sha256
 
 if TYPE_CHECKING:
     from obmlite.io.source import ByteSource
@@ -57,7 +59,7 @@ class FileContent:
 
 
 class StoredContent:
-    """A file of a package. All of it is hashed before any of it is given out."""
+    """A file of a package. All of it is compared before any of it is given out, and each part of it again then."""
 
     def __init__(self, store: Store, record: FileRecord) -> None:
         self._store = store
@@ -68,24 +70,34 @@ class StoredContent:
         return self._record.length
 
     def open(self) -> BinaryIO:
-        source = self._store.open(self._record.path)
+        source, record = self._store.open(self._record.path), self._record
+        digests, data = [], b""
         try:
             with context(package=self._store.name):
-                record = self._record
-                for _ in checked.chunks(source, record.path, record.length, record.digest):
-                    pass
+                for data in checked.chunks(source, record.path, record.length, record.digest):
+                    digests.append(sha256(data))
         except BaseException:
             source.close()
             raise
-        return io.BufferedReader(_Reader(source), 1 << 16)
+        return io.BufferedReader(_Reader(source, record.path, digests, data), 1 << 16)
 
 
 class _Reader(io.RawIOBase):
-    """A source of bytes as a stream."""
+    """A source of bytes as a stream: those that were compared, even if the file changes meanwhile.
 
-    def __init__(self, source: ByteSource) -> None:
+    Args:
+      source: the file.
+      path: what it is called in the package.
+      digests: of each :data:`~obmlite.io.digest.CHUNK` bytes of it.
+      last: the last of these chunks; of a small file, all of it.
+    """
+
+    def __init__(self, source: ByteSource, path: str, digests: Sequence[bytes], last: bytes) -> None:
         self._source = source
+        self._path = path
+        self._digests = digests
         self._at = 0
+        self._held = len(digests) - 1, last
 
     def readable(self) -> bool:
         return True
@@ -101,11 +113,27 @@ class _Reader(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        count = max(0, min(len(buffer), self._source.size - self._at))
-        if count:
-            buffer[:count] = self._source.read(self._at, count)
-        self._at += count
-        return count
+        number, begin = divmod(self._at, CHUNK)
+        if number >= len(self._digests):
+            return 0
+        data = self._chunk(number)[begin : begin + len(buffer)]
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def _chunk(self, number: int) -> bytes:
+        if self._held[0] != number:
+            start = number * CHUNK
+            data = bytes(self._source.read(start, min(CHUNK, self._source.size - start)))
+            if (found := sha256(data)) != self._digests[number]:
+                raise CorruptPackageError(
+                    "A file was changed while it was read.",
+                    field="digest",
+                    expected=f"{self._path}, chunk {number}: {self._digests[number].hex()}",
+                    found=found.hex(),
+                )
+            self._held = number, data
+        return self._held[1]
 
     def close(self) -> None:
         if not self.closed:

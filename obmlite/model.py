@@ -11,6 +11,7 @@ from obmlite import _assembling, _coordination, examples
 from obmlite import tree as trees
 from obmlite._constructors import DEFAULT_PIPELINE, Constructors
 from obmlite._names import Names
+from obmlite._processes import OfOneProcess
 from obmlite.errors import ArgumentError, ObmliteError, context
 from obmlite.function import Function
 from obmlite.pipeline import BoundPipeline, Pipeline
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Model"]
 
 
-class Model(Constructors):
+class Model(OfOneProcess, Constructors):
     """Named functions and weights, and the pipelines that put them together.
 
     Args:

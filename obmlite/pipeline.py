@@ -14,6 +14,7 @@ from obmlite._calling import Call
 from obmlite._chain import Chain, Handover, HostStep, Link, Traceable
 from obmlite._once import once
 from obmlite._padding import Padding
+from obmlite._processes import OfOneProcess
 from obmlite.errors import ArgumentError, context
 from obmlite.schema.records import Binding, StepRecord, StepRole, Visibility
 from obmlite.signature import Signature
@@ -118,7 +119,7 @@ class Pipeline:
         return tuple(steps)
 
 
-class BoundPipeline:
+class BoundPipeline(OfOneProcess):
     """A pipeline of a model, called with the arguments of its first step that are not bound.
 
     Weights are restored at the first call, once, and never donated. Steps that run under JAX are one program.

@@ -14,6 +14,7 @@ from obmlite._calling import Call
 from obmlite._chain import CaptureKey, capture_values
 from obmlite._once import once
 from obmlite._padding import Padding
+from obmlite._processes import OfOneProcess
 from obmlite.errors import ArgumentError, add_facts
 from obmlite.signature import Signature
 from obmlite.specs import TensorSpec
@@ -44,7 +45,7 @@ class Polymorphic:
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-class PolymorphicFunction:
+class PolymorphicFunction(OfOneProcess):
     """Several functions with the same arguments by name, for different shapes and dtypes.
 
     A call runs the most specific function that takes its arguments: the one with the fewest symbols in its shapes, then

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 import stat
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from obmlite import tree as trees
 from obmlite._contents import BytesContent, Content, FileContent, StoredContent
+from obmlite._processes import OfOneProcess
 from obmlite.errors import (
     ArgumentError,
     CorruptPackageError,
@@ -18,6 +17,8 @@ from obmlite.errors import (
     UnknownNameError,
     context,
 )
+from obmlite.io.replacing import appearing
+from obmlite.io.staging import sync, write_all
 from obmlite.io.store import check_path
 from obmlite.schema.records import SupplementalForm
 
@@ -33,7 +34,7 @@ INLINE_BYTES = 4096
 _ROOM = "supplementals/" + "x" * 100 + "/"  # what stands before an entry's path in a package, at its longest
 
 
-class Supplemental:
+class Supplemental(OfOneProcess):
     """A file, or a directory of files, that a package carries beside its functions and weights.
 
     Made by :meth:`from_bytes`, :meth:`from_file` and :meth:`from_directory`; those of a loaded package are in
@@ -284,7 +285,7 @@ class Supplemental:
         """Writes it outside of the package: a directory as a directory, one file as a file.
 
         Args:
-          target: where; there must be nothing yet. Until all of it is there, nothing is.
+          target: where; there must be nothing yet. Until all of it is there, durably, nothing is.
 
         Returns:
           The target's path.
@@ -298,8 +299,7 @@ class Supplemental:
         if os.path.lexists(target):
             raise PackageExistsError("There is something where a supplemental is to be written.", found=target)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        beside = f"{target}.{secrets.token_hex(4)}.tmp"
-        try:
+        with appearing(target) as beside:
             if not self.is_directory:
                 self._copy(None, beside)
             else:
@@ -309,18 +309,17 @@ class Supplemental:
                     os.makedirs(place if content is None else os.path.dirname(place), exist_ok=True)
                     if content is not None:
                         self._copy(path, place)
-            os.rename(beside, target)
-        except BaseException:
-            if os.path.isdir(beside):
-                shutil.rmtree(beside, ignore_errors=True)
-            elif os.path.lexists(beside):
-                os.unlink(beside)
-            raise
         return target
 
     def _copy(self, path: str | None, place: str) -> None:
-        with self.open(path) as source, open(place, "xb") as out:
-            shutil.copyfileobj(source, out, 1 << 20)
+        with self.open(path) as source:
+            descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                while data := source.read(1 << 20):
+                    write_all(descriptor, data)
+                sync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def __repr__(self) -> str:
         kind = f"{len(self.files)} files" if self.is_directory else "one file"

@@ -20,6 +20,7 @@ import numpy as np
 from obmlite import _arrays, dtypes
 from obmlite import tree as trees
 from obmlite._collector import paused
+from obmlite._processes import OfOneProcess
 from obmlite.errors import ArgumentError, RestoreError, UnknownNameError, context
 from obmlite.frameworks.axes import logical_axes
 from obmlite.specs import TensorSpec
@@ -35,7 +36,7 @@ Array: TypeAlias = _arrays.Array
 DTypeChoice: TypeAlias = "Any | Callable[[str, TensorSpec], Any]"
 
 
-class LazyArray:
+class LazyArray(OfOneProcess):
     """One leaf of weights: known by name, shape and dtype, read when asked.
 
     ``np.asarray(leaf)`` is its values, without a copy where the file's bytes are the array's; the result is read-only.
@@ -119,7 +120,7 @@ class LazyArray:
         return f"LazyArray({self.name!r}, {self.spec}, {self.tensor.where})"
 
 
-class Weights(Mapping[Key, Any]):
+class Weights(OfOneProcess, Mapping[Key, Any]):
     """A named, lazy pytree of tensors.
 
     ``weights["Dense_0"]["kernel"]`` goes down the pytree by its own keys (indices of sequences, fields of

@@ -7,6 +7,7 @@ thread is left. So an action may write files, but must not trace, compile or run
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -21,15 +22,24 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
-CALLS = ("write", "fsync", "replace", "mkdir", "unlink", "rmdir")
+CALLS = (
+    *("write", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir"),
+    # Not made today; here so that a save that begins to make them is killed there too.
+    *("pwrite", "writev", "ftruncate", "truncate", "link", "symlink", "remove", "chmod", "sendfile", "copy_file_range"),
+)
+"""What changes a file system. A file is made by ``open`` and has its first byte by ``write``: what a kill between the
+two leaves is what one before the first ``write`` leaves."""
+
+_RENAMES = ("replace", "rename", "link")
+_BY_DESCRIPTOR = ("write", "fsync", "pwrite", "writev", "ftruncate", "sendfile")
 
 
 @contextlib.contextmanager
 def intercept(hook: Callable[[str, Callable[[], Any], tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
     """Calls ``hook(name, call, args, kwargs)`` in place of each of :data:`CALLS`; it runs ``call()`` or doesn't."""
-    real = {name: getattr(os, name) for name in CALLS}
+    real = {name: getattr(os, name) for name in CALLS if hasattr(os, name)}
 
     def wrapper(name: str) -> Callable[..., Any]:
         @functools.wraps(real[name])
@@ -39,12 +49,12 @@ def intercept(hook: Callable[[str, Callable[[], Any], tuple[Any, ...], dict[str,
         return wrapped
 
     try:
-        for name in CALLS:
+        for name in real:
             setattr(os, name, wrapper(name))
         yield
     finally:
-        for name in CALLS:
-            setattr(os, name, real[name])
+        for name, call in real.items():
+            setattr(os, name, call)
 
 
 def fail(at: int, error: OSError, *, after: bool = False) -> contextlib.AbstractContextManager[None]:
@@ -77,9 +87,9 @@ def record(calls: list[tuple[str, ...]]) -> Iterator[None]:
         return path if folder is None else os.path.join(path_of(folder), path)
 
     def hook(name: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
-        if name in ("write", "fsync"):
+        if name in _BY_DESCRIPTOR:
             entry: tuple[str, ...] = (name, path_of(args[0]))
-        elif name == "replace":
+        elif name in _RENAMES:
             entry = (name, full(args[0], kwargs.get("src_dir_fd")), full(args[1], kwargs.get("dst_dir_fd")))
         else:
             entry = (name, full(args[0], kwargs.get("dir_fd")))
@@ -158,25 +168,19 @@ class Run:
     killed: bool
 
 
-def run(action: Callable[[], Any], kill_at: int | None = None, *, after: bool = False, timeout: float = 60) -> Run:
-    """Runs an action in a forked child, which SIGKILLs itself at the ``kill_at``-th intercepted call (from 0).
-
-    Args:
-      action: what to run; what it returns is ignored.
-      kill_at: number of the call; None lets it run to its end.
-      after: kill after the real call instead of before it.
-      timeout: in seconds.
-
-    Raises:
-      AssertionError: the action raised or takes too long.
-    """
+def start(action: Callable[[], Any], kill_at: int | None = None, *, after: bool = False, torn: bool = False) -> Child:
+    """Begins :func:`run`: ``wait()`` gives the names of the intercepted calls, or None if the child was killed."""
 
     def child() -> list[str]:
         names: list[str] = []
         count = _Counter()
+        unpatched_write = os.write
 
         def hook(name: str, call: Callable[[], Any], args: Any, kwargs: Any) -> Any:
             mine = count() == kill_at
+            if mine and torn:
+                part = memoryview(args[1]).cast("B")
+                unpatched_write(args[0], part[: len(part) // 2])
             if mine and not after:
                 os.kill(os.getpid(), signal.SIGKILL)
             names.append(name)
@@ -190,7 +194,30 @@ def run(action: Callable[[], Any], kill_at: int | None = None, *, after: bool = 
             action()
         return names
 
-    calls = fork(child).wait(timeout)
+    return fork(child)
+
+
+def run(
+    action: Callable[[], Any],
+    kill_at: int | None = None,
+    *,
+    after: bool = False,
+    torn: bool = False,
+    timeout: float = 60,
+) -> Run:
+    """Runs an action in a forked child, which SIGKILLs itself at the ``kill_at``-th intercepted call (from 0).
+
+    Args:
+      action: what to run; what it returns is ignored.
+      kill_at: number of the call; None lets it run to its end.
+      after: kill after the real call instead of before it.
+      torn: kill when half of a ``write`` is done.
+      timeout: in seconds.
+
+    Raises:
+      AssertionError: the action raised or takes too long.
+    """
+    calls = start(action, kill_at, after=after, torn=torn).wait(timeout)
     return Run(calls=calls or [], killed=calls is None)
 
 
@@ -200,32 +227,43 @@ class Kill:
 
     at: int
     after: bool
+    torn: bool
     calls: list[str]
     """Names of all calls that the action makes when it is let run."""
 
     @property
     def done(self) -> int:
-        """How many calls had their effect."""
+        """How many calls had all of their effect."""
         return self.at + self.after
 
 
-def sweep(prepare: Callable[[], Any], action: Callable[[], Any]) -> Iterator[Kill]:
-    """Kills an action at each of its calls in turn, before and after it; yields after each kill.
+def sweep(
+    prepare: Callable[[], Any], action: Callable[[], Any], *, calls: Mapping[str, int] | None = None
+) -> Iterator[Kill]:
+    """Kills an action at each of its calls in turn: before the first, after each, amid each write; yields after each.
+
+    A kill before any other call leaves what one after the call before it leaves.
 
     Args:
       prepare: brings the file system into the state before the action, whatever state it is in.
       action: what is killed; it must make the same calls each time.
+      calls: how often the action makes each call at least: what is not killed is not tested.
     """
     prepare()
     whole = run(action)
     assert not whole.killed
     assert whole.calls, "the action makes none of the intercepted calls"
-    for at in range(len(whole.calls)):
-        for after in (False, True):
+    made = collections.Counter(whole.calls)
+    for name, least in (calls or {}).items():
+        assert made[name] >= least, f"the action was to make {least} of {name}: {made}"
+    for at, name in enumerate(whole.calls):
+        for after, torn in ((False, False), (False, True), (True, False)):
+            if (torn and name != "write") or (at and not (after or torn)):
+                continue
             prepare()
-            result = run(action, at, after=after)
+            result = run(action, at, after=after, torn=torn)
             assert result.killed, f"the action made fewer calls than before: {at}"
-            yield Kill(at, after, whole.calls)
+            yield Kill(at, after, torn, whole.calls)
 
 
 class _Counter:

@@ -22,6 +22,7 @@ from obmlite.io.staging import (
     StagedFile,
     Staging,
     is_data_name,
+    is_signature_name,
     is_temporary_name,
     sync,
     sync_folder,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from obmlite.io.digest import Bytes
 
-__all__ = ["FOLDERS", "MANIFEST", "StagedFile", "Transaction", "is_data_name"]
+__all__ = ["FOLDERS", "MANIFEST", "StagedFile", "Transaction", "is_data_name", "locked"]
 
 MANIFEST = "manifest.obm"
 """The file whose replacement is the commit."""
@@ -73,8 +74,9 @@ class Transaction(Staging):
         Args:
           path: where the package is to lie. It, and directories above it, are made if they are missing.
           overwrite: whether a package that is there may be replaced.
-          named: gives the relative paths of the data files that a manifest, of these bytes, names; raises an
-            :class:`ObmliteError` if it can't be read, and then nothing but temporary files is removed.
+          named: gives the relative paths of the data files that a manifest, of these bytes, names, and of its
+            signatures; raises an :class:`ObmliteError` if it can't be read, and then nothing but temporary files is
+            removed.
         """
         super().__init__(path)
         self._overwrite = overwrite
@@ -325,9 +327,12 @@ class Transaction(Staging):
                     yield path
 
     def _clear(self, manifest: bytes | None) -> None:
-        """Removes what saves that are over have left: temporary files, and data that no manifest names."""
+        """Removes what is left of saves that are over: temporary files, data that no manifest names, signatures."""
         kept: Collection[str] | None = ()
         if manifest is not None:
+            # Whoever put it there may have died before that was durable: the disk would still have the one before,
+            # which names what is about to go.
+            sync_folder(self._descriptor)
             try:
                 kept = self._named(manifest)
             except ObmliteError:
@@ -336,7 +341,8 @@ class Transaction(Staging):
             self._kept = frozenset(kept)
         heads = {"/".join(path.split("/", 2)[:2]) for path in self._kept}
         for path in os.listdir(self._descriptor):
-            if self._is_temporary(path):
+            stale = kept is not None and path not in self._kept and is_signature_name(path)
+            if self._is_temporary(path) or (stale and self._is_file(path)):
                 os.unlink(path, dir_fd=self._descriptor)
         for folder in FOLDERS:
             entries = self._entries(folder)
@@ -391,8 +397,9 @@ class Transaction(Staging):
         return PackageExistsError(problem, package=self.path, found=found, fix=fix)
 
     def _is_temporary(self, path: str) -> bool:
-        if not is_temporary_name(path.rpartition("/")[2]):
-            return False
+        return is_temporary_name(path.rpartition("/")[2]) and self._is_file(path)
+
+    def _is_file(self, path: str) -> bool:
         entry = self._stat(path)
         return entry is not None and stat.S_ISREG(entry.st_mode)
 
@@ -430,6 +437,21 @@ class Transaction(Staging):
                 sync_folder(current)
         finally:
             os.close(current)
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Holds the lock of saves on a package's directory, for what is written beside its manifest.
+
+    Raises:
+      OSError: the directory is not there, or cannot be locked.
+    """
+    descriptor = os.open(path, FOLDER)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _make_directories(path: str) -> int:

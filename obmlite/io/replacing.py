@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 
-from obmlite.io.staging import sync, sync_folder
+from obmlite.io.staging import FOLDER, sync, sync_folder
 
-__all__ = ["replacing", "replacing_in"]
+__all__ = ["appearing", "replacing", "replacing_in"]
 
 
 @contextlib.contextmanager
@@ -62,4 +63,41 @@ def replacing_in(folder: str) -> Iterator[Callable[[str], contextlib.AbstractCon
         for temporary in made.values():
             with contextlib.suppress(OSError):  # the error that led here must not be hidden by another
                 os.unlink(temporary, dir_fd=descriptor)
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def appearing(path: str) -> Iterator[str]:
+    """Another path, at which to make a file or a directory; when the block ends well, it is at ``path``, durably.
+
+    Until then there is nothing at ``path``, and if the block ends badly, nothing stays at either. The files have to be
+    synchronized by who writes them; folders are here.
+
+    Args:
+      path: absolute; nothing is there, and its folder is.
+
+    Raises:
+      OSError: a folder cannot be synchronized, or the renaming failed.
+    """
+    beside = f"{path}.{secrets.token_hex(8)}.tmp"
+    try:
+        yield beside
+        for folder, _, _ in os.walk(beside, topdown=False):
+            _sync_folder_at(folder)
+        os.rename(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the error that led here must not be hidden by another
+            if os.path.isdir(beside):
+                shutil.rmtree(beside, ignore_errors=True)
+            else:
+                os.unlink(beside)
+        raise
+    _sync_folder_at(os.path.dirname(path))
+
+
+def _sync_folder_at(path: str) -> None:
+    descriptor = os.open(path, FOLDER)
+    try:
+        sync_folder(descriptor)
+    finally:
         os.close(descriptor)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from obmlite.io.digest import Bytes
 
-__all__ = ["FOLDERS", "StagedFile", "Staging", "is_data_name"]
+__all__ = ["FOLDERS", "StagedFile", "Staging", "is_data_name", "is_signature_name", "signature_name"]
 
 FOLDERS = ("functions", "weights", "supplementals")
 """Folders of data files; the last one may also hold whole directories."""
@@ -37,6 +37,7 @@ NESTING = "supplementals"
 # What our own files are called; only what has such a name is ever removed.
 _DATA_NAME = re.compile(r"[\w.-]*-[0-9a-f]{16}(\.[\w+-]+){0,4}", re.ASCII)
 _TEMPORARY_NAME = re.compile(r"\.obmlite-[0-9a-f]{16}\.tmp")
+_SIGNATURE_NAME = re.compile(r"manifest-[0-9a-f]{64}\.sig")
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _INNER_FOLDER = FOLDER | os.O_NOFOLLOW
@@ -56,6 +57,16 @@ def is_data_name(name: str) -> bool:
 def is_temporary_name(name: str) -> bool:
     """Whether a name is that of a file that is, or was, being written."""
     return _TEMPORARY_NAME.fullmatch(name) is not None
+
+
+def is_signature_name(name: str) -> bool:
+    """Whether a name is that of a manifest's signatures."""
+    return _SIGNATURE_NAME.fullmatch(name) is not None
+
+
+def signature_name(digest: bytes) -> str:
+    """The file in which a manifest's signatures are, by the manifest's digest."""
+    return f"manifest-{digest.hex()}.sig"
 
 
 class Staging:

@@ -462,7 +462,7 @@ def test_kill_of_a_first_save(path):
             commit = len(kill.calls) - 1 - kill.calls[::-1].index("replace")
         kills += 1
         check(kill)
-    assert kills > 60
+    assert kills > 45
     assert {"write", "fsync", "replace", "mkdir"} == set(kill.calls)
 
 

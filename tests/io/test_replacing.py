@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from obmlite.io.replacing import replacing, replacing_in
+from obmlite.io.replacing import appearing, replacing, replacing_in
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -64,3 +64,27 @@ def test_several_files_get_their_names_together(tmp_path):
 def test_a_directory_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError), replacing(tmp_path / "no" / "file"):
         pass
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path):
+    target = str(tmp_path / "out")
+    with appearing(target) as beside:
+        os.makedirs(os.path.join(beside, "deep"))
+        (tmp_path / beside / "deep" / "a").write_text("a")
+        assert not os.path.exists(target)
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "deep" / "a").read_text() == "a"
+
+    def fail(make):
+        with appearing(str(tmp_path / "other")) as beside:
+            make(beside)
+            raise ZeroDivisionError
+
+    for make in (os.mkdir, lambda path: os.close(os.open(path, os.O_CREAT))):
+        with pytest.raises(ZeroDivisionError):
+            fail(make)
+        assert os.listdir(tmp_path) == ["out"]
+    with pytest.raises(OSError), appearing(target) as beside:  # something is there by now
+        (tmp_path / beside).mkdir()
+    assert (tmp_path / "out" / "deep" / "a").read_text() == "a"
+    assert os.listdir(tmp_path) == ["out"]
