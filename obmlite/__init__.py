@@ -5,42 +5,45 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from obmlite import frameworks
-from obmlite._version import __version__
-from obmlite.device_assignment import devices_of
-from obmlite.errors import (
-    ArgumentError,
-    CoordinationError,
-    CorruptPackageError,
-    ExportError,
-    LeafError,
-    MissingFileError,
-    ObmliteError,
-    PackageExistsError,
-    PackageNotFoundError,
-    PlatformError,
-    RestoreError,
-    UnknownNameError,
-    UnsafePathError,
-    UnsupportedFormatError,
-)
-from obmlite.function import Function, export
-from obmlite.interop import tensorflow_steps
-from obmlite.loading import load
-from obmlite.model import Model
-from obmlite.pipeline import Pipeline, Step
-from obmlite.polymorphic import Polymorphic, PolymorphicFunction
-from obmlite.signature import Signature
-from obmlite.specs import TensorSpec, spec
-from obmlite.supplemental import Supplemental
-from obmlite.tree import register_node
-from obmlite.weights import LazyArray, Weights
+from obmlite._collector import importing
+
+with importing():
+    from obmlite import frameworks, interop
+    from obmlite._version import __version__
+    from obmlite.device_assignment import devices_of
+    from obmlite.errors import (
+        ArgumentError,
+        CoordinationError,
+        CorruptPackageError,
+        ExportError,
+        LeafError,
+        MissingFileError,
+        ObmliteError,
+        PackageExistsError,
+        PackageNotFoundError,
+        PlatformError,
+        RestoreError,
+        SignatureError,
+        UnknownNameError,
+        UnsafePathError,
+        UnsupportedFormatError,
+    )
+    from obmlite.function import Function, export
+    from obmlite.loading import load
+    from obmlite.model import Model
+    from obmlite.pipeline import Pipeline, Step
+    from obmlite.polymorphic import Polymorphic, PolymorphicFunction
+    from obmlite.signature import Signature
+    from obmlite.specs import TensorSpec, spec
+    from obmlite.supplemental import Supplemental
+    from obmlite.tree import register_node
+    from obmlite.weights import LazyArray, Weights
 
 if TYPE_CHECKING:
     from obmlite.foreign import open_weights
 
 frameworks.install()
-tensorflow_steps.install()
+interop.install()
 
 __all__ = [
     "ArgumentError",
@@ -61,6 +64,7 @@ __all__ = [
     "PolymorphicFunction",
     "RestoreError",
     "Signature",
+    "SignatureError",
     "Step",
     "Supplemental",
     "TensorSpec",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from obmlite._files import TensorFile
 from obmlite._placing import Placer
 from obmlite._tensors import StoredTensor
 from obmlite.errors import ObmliteError, add_facts
+from obmlite.io.chunked import Range
 from obmlite.plan import CHUNK, GAP, TensorPlan, boxes
 from obmlite.specs import TensorSpec
 
@@ -78,7 +80,7 @@ class Group:
 
 
 def restore(
-    tensors: Sequence[tuple[int, StoredTensor, Group]], name: Callable[[int], str]
+    tensors: Sequence[tuple[int, StoredTensor, Group]], name: Callable[[int], str], threads: Callable[[], Executor]
 ) -> Iterator[tuple[int, Any]]:
     """The arrays of tensors of one piece each, by number.
 
@@ -87,16 +89,18 @@ def restore(
     Args:
       tensors: number, tensor and group of each.
       name: of the leaf with a number, for errors.
+      threads: what compares tensors with their digests, where that is to be.
     """
+    placed = [(number, group, *_place(tensor, number, name)) for number, tensor, group in tensors]
+    _compare(placed, threads)
     number = 0
     try:
         maps: dict[int, Any] = {}
         unmapped: list[tuple[int, TensorFile, int, Group]] = []
-        for number, tensor, group in tensors:
-            file, base = tensor.place(0)
+        for number, group, file, base in placed:
             data = maps.get(id(file))
             if data is None:
-                data = maps[id(file)] = file.source.map() or ()
+                data = maps[id(file)] = file.map(()) or ()  # what will be looked at was compared
             if data:
                 yield number, group.array(data, base)
             else:
@@ -105,10 +109,11 @@ def restore(
         first = 0
         while first < len(unmapped):
             number, file, start, group = unmapped[first]
+            gap = 0 if file.is_checked else GAP  # what nobody asked for is no reason to refuse what somebody did
             last, end = first + 1, start + group.nbytes
             while last < len(unmapped):
                 _, other, base, group = unmapped[last]
-                if other is not file or base - end > GAP or base + group.nbytes - start > CHUNK:
+                if other is not file or base - end > gap or base + group.nbytes - start > CHUNK:
                     break
                 last, end = last + 1, base + group.nbytes
             data = _read(file, start, end)
@@ -120,10 +125,29 @@ def restore(
         raise
 
 
+def _place(tensor: StoredTensor, number: int, name: Callable[[int], str]) -> tuple[TensorFile, int]:
+    try:
+        return tensor.place(0)
+    except ObmliteError as error:
+        add_facts(error, leaf=name(number))
+        raise
+
+
+def _compare(placed: Sequence[tuple[int, Group, TensorFile, int]], threads: Callable[[], Executor]) -> None:
+    """Compares those that lie in mapped files with their digests, if they are to be."""
+    ranges: dict[int, tuple[TensorFile, list[Range]]] = {}
+    for _, group, file, base in placed:
+        if file.is_checked:
+            ranges.setdefault(id(file), (file, []))[1].append((base, group.nbytes))
+    jobs = [(f, part) for f, whole in ranges.values() if f.is_mapped for part in f.pending(whole)]
+    if jobs:
+        list(threads().map(lambda job: job[0].check(job[1]), jobs))
+
+
 def _read(file: TensorFile, start: int, end: int) -> Array:
     """A range of a file, so that what is aligned there is aligned here."""
     lead = start % _arrays.ALIGNMENT
     buffer = _arrays.aligned_empty((lead + end - start,), np.dtype(np.uint8))[lead:]
-    file.source.read_into(start, buffer.data)
+    file.read_into(start, buffer.data)
     buffer.flags.writeable = False
     return buffer

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from obmlite import _engine, dims
+from obmlite._compile_options import CompileOptions
 from obmlite.errors import ExportError, context
-from obmlite.function import CompileOptions, Function, export, function_name
+from obmlite.function import Function, export, function_name
 from obmlite.pipeline import Pipeline
 from obmlite.polymorphic import Polymorphic
 from obmlite.specs import TensorSpec

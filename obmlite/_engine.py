@@ -53,12 +53,19 @@ class Program:
       constraints: on the symbols.
       blobs: gives the bytes of a module's file, once their digest matches.
       allow_custom_calls: targets beyond the stable ones that may be called.
+      apart: where the program is a stranger's: gives a module as another process has written it anew. Only the
+        ``replay`` engine reads such.
     """
 
     modules: tuple[ModuleRecord, ...]
     constraints: tuple[str, ...]
     blobs: Blobs
     allow_custom_calls: Collection[str] = ()
+    apart: Callable[[bytes], bytes] | None = None
+
+    def artifact(self, module: ModuleRecord) -> bytes:
+        """A module's portable artifact, a part of its file."""
+        return self.blobs(module)[module.offset : module.offset + module.length]
 
     @functools.cached_property
     def replays(self) -> _replaying.Replays:
@@ -108,7 +115,7 @@ class _Exported:
         if order not in self._levels:
             module = self._program.modules[order]
             blob = self._program.blobs(module)
-            artifact = blob[module.offset : module.offset + module.length]
+            artifact = self._program.artifact(module)
             _check_artifact(module, artifact, self._program.allow_custom_calls)
             exported = _READERS[self.name](self._program, order, blob, artifact)
             self._levels[order] = _rebuild.without_lapack(exported, artifact)
@@ -350,12 +357,16 @@ def load(program: Program, engine: str = "auto") -> Engine:
 
 
 def _engine(program: Program, name: str) -> Engine:
+    if program.apart is not None and name != _Replaying.name:
+        raise ArgumentError(
+            "A stranger's functions are replayed only.", field="engine", expected=_Replaying.name, found=name
+        )
     return _Replaying(program) if name == _Replaying.name else _Exported(program, name)
 
 
 def _check_artifact(module: ModuleRecord, artifact: bytes, allowed: Collection[str]) -> None:
     """Compares a module with what the manifest says of it, and refuses native code that nobody allowed."""
-    from obmlite import _stablehlo  # MLIR's bindings take long to import
+    from obmlite import _mlir  # which takes long to import
 
     lowest = jax_export.minimum_supported_calling_convention_version
     highest = jax_export.maximum_supported_calling_convention_version
@@ -369,7 +380,7 @@ def _check_artifact(module: ModuleRecord, artifact: bytes, allowed: Collection[s
         )
 
     try:
-        custom_calls, _ = _stablehlo.look(artifact)
+        custom_calls, _ = _mlir.look(artifact)
     except ValueError as error:  # a newer StableHLO than this JAX has
         raise _replaying.too_new(module) from error
     if custom_calls != module.custom_calls:

@@ -6,7 +6,7 @@ A *held* array is what numpy holds for a leaf: its values, or for PRNG keys thei
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,7 +19,9 @@ from obmlite.plan import Box, Layout, Read, TensorPlan, boxes
 Buffers: TypeAlias = Mapping[int, tuple[Array, Box]]
 
 
-def mapped(file: TensorFile, kind: dtypes.DType, offset: int, shape: Sequence[int]) -> Array | None:
+def mapped(
+    file: TensorFile, kind: dtypes.DType, offset: int, shape: Sequence[int], ranges: Iterable[tuple[int, int]]
+) -> Array | None:
     """The file's bytes as a held array in place, read-only; None where that needs a copy.
 
     Args:
@@ -27,8 +29,9 @@ def mapped(file: TensorFile, kind: dtypes.DType, offset: int, shape: Sequence[in
       kind: dtype of the elements.
       offset: bytes from the file's beginning.
       shape: logical shape.
+      ranges: what of the file will be looked at, as for :meth:`obmlite._files.TensorFile.map`.
     """
-    view = file.source.map() if kind.is_direct else None
+    view = file.map(ranges) if kind.is_direct else None
     if view is None:
         return None
     held = (*shape, *_tail(kind))
@@ -48,24 +51,24 @@ def gather(read: Read, kind: dtypes.DType, file: TensorFile, base: int, into: Bu
     """
     runs = read.runs
     ranges = [(base + start, runs.nbytes) for start in runs.offsets()]
-    source = mapped(file, kind, base, read.layout.shape)
+    source = mapped(file, kind, base, read.layout.shape, ranges)
     if source is not None:
         for start, nbytes in ranges:
-            file.source.prefetch(start, nbytes)
+            file.prefetch(start, nbytes)
         source = source[boxes.slices(read.stored)]
     else:
         if kind.is_direct and len(ranges) == len(read.fills) == 1 and read.keeps_order:
             [(number, part)] = read.fills
             target = _target(into[number], part)
             if target.flags.c_contiguous and target.dtype == _element(kind) and target.nbytes == runs.nbytes:
-                file.source.read_into(ranges[0][0], target.reshape(-1).view(np.uint8).data)
+                file.read_into(ranges[0][0], target.reshape(-1).view(np.uint8).data)
                 return
         source = _staged(read, kind, file, ranges)
     source = _turned(source, read.layout)
     for number, part in read.fills:
         _copy(_target(into[number], part), source[boxes.slices(boxes.relative(part, read.box))])
     first, last = runs.span
-    file.source.drop(base + first, last - first)
+    file.drop(base + first, last - first)
 
 
 def _target(into: tuple[Array, Box], part: Box) -> Array:
@@ -124,7 +127,7 @@ def _staged(read: Read, kind: dtypes.DType, file: TensorFile, ranges: Sequence[t
     runs, shape, box = read.runs, read.layout.shape, read.stored
     data = np.empty(runs.total, np.uint8)
     for n, (start, _) in enumerate(ranges):
-        file.source.read_into(start, data[n * runs.nbytes : (n + 1) * runs.nbytes].data)
+        file.read_into(start, data[n * runs.nbytes : (n + 1) * runs.nbytes].data)
     steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     if kind.is_packed:
         begin = sum(start * step for (start, _), step in zip(box, steps, strict=True))

@@ -13,9 +13,10 @@ import tqdm
 
 from obmlite._version import __version__
 from obmlite._writing import index, slug
-from obmlite.errors import context
+from obmlite.errors import ExportError, context
 from obmlite.io import digest
 from obmlite.io.commit import Transaction
+from obmlite.io.staging import signature_name
 from obmlite.schema import records as r
 from obmlite.schema.decode import decode
 from obmlite.schema.encode import encode
@@ -44,17 +45,26 @@ def _blobs(function: Function) -> dict[str, bytes]:
         return {module.file: function.program.blobs(module) for module in function.program.modules}
 
 
+def named(manifest: bytes) -> list[str]:
+    """The files that belong to a manifest: those that it names, and its signatures.
+
+    Raises:
+      ObmliteError: it cannot be read.
+    """
+    record = decode(manifest)
+    return [*record.files, signature_name(record.digest)]
+
+
 @contextlib.contextmanager
 def begin(path: str | os.PathLike[str], overwrite: bool) -> Iterator[tuple[Transaction, list[str]]]:
     """A transaction, and the names of the weights objects of the package that it replaces."""
     previous: list[str] = []
 
-    def named(manifest: bytes) -> list[str]:
-        before = decode(manifest)
-        previous.extend(before.weights)
-        return list(before.files)
+    def named_before(manifest: bytes) -> list[str]:
+        previous.extend(decode(manifest).weights)
+        return named(manifest)
 
-    with Transaction(path, overwrite=overwrite, named=named) as transaction:
+    with Transaction(path, overwrite=overwrite, named=named_before) as transaction:
         yield transaction, previous
 
 
@@ -92,6 +102,15 @@ def _function(
         if module.file in paths:
             continue
         blob = blobs[module.file]
+        if len(blob) > r.MAX_FUNCTION_BYTES:
+            raise ExportError(
+                "A function is too large to be saved.",
+                object=name,
+                field="Files.length",
+                expected=f"at most {r.MAX_FUNCTION_BYTES} bytes",
+                found=len(blob),
+                fix="give large arrays as arguments",
+            )
         found = digest.sha256(blob)
         with transaction.create("functions") as staged:
             staged.write(blob)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import jax
@@ -16,6 +17,7 @@ from obmlite import _arrays, _gather
 from obmlite import plan as planning
 from obmlite._arrays import Array
 from obmlite._files import TensorFile, WeightsFiles
+from obmlite.io.chunked import Range, processors
 from obmlite.plan import Box, Layout, boxes
 from obmlite.schema.records import Piece
 from obmlite.specs import TensorSpec
@@ -205,12 +207,6 @@ class StoredTensor:
         self.layouts = layouts
         self.where = f"in {pieces[0].file}"
 
-    def storage(self, piece: Piece) -> Array:
-        """A piece's bytes as the array that safetensors says it is, read-only."""
-        kind, file = self._spec.kind, self._files(piece.file)
-        flat = file.read(file.offset(piece.name), kind.storage_nbytes(piece.shape))
-        return flat.view(kind.storage_numpy).reshape(kind.storage_shape(piece.shape))
-
     @property
     def boxes(self) -> tuple[Box, ...]:
         """The boxes that it is stored in."""
@@ -224,7 +220,7 @@ class StoredTensor:
     @property
     def is_mapped(self) -> bool:
         """Whether the file of its first piece is mapped."""
-        return self._files(self._pieces[0].file).source.map() is not None
+        return self._files(self._pieces[0].file).is_mapped
 
     def place(self, piece: int) -> tuple[TensorFile, int]:
         """The file that a piece is in, opened, and bytes from its beginning to what holds the piece."""
@@ -244,7 +240,10 @@ class StoredTensor:
         run = tensor.buffers[0].run
         if run is not None:
             file, base = self.place(run[0])
-            held = _gather.mapped(file, kind, base + run[1], boxes.shape_of(box))
+            ranges = [(base + run[1], boxes.size_of(box) * kind.bits // 8)]
+            if kind.is_direct and file.is_mapped:
+                _compare(file, ranges)
+            held = _gather.mapped(file, kind, base + run[1], boxes.shape_of(box), ranges)
             if held is not None:
                 return held
         [held] = _gather.fill(tensor, kind, [self.place(n) for n in range(len(self._pieces))])
@@ -267,6 +266,14 @@ class StoredTensor:
         if index is Ellipsis or (isinstance(index, tuple) and Ellipsis in index):
             after = (*after, ...)  # numpy then gives an array and no scalar
         return self.read(box)[after]
+
+
+def _compare(file: TensorFile, ranges: Sequence[Range]) -> None:
+    """Compares what of a mapped file is not yet compared, by threads if it is much."""
+    groups = file.pending(ranges)
+    if len(groups) > 1:
+        with ThreadPoolExecutor(min(len(groups), processors()), "obmlite-check") as pool:
+            list(pool.map(file.check, groups))
 
 
 _box = functools.lru_cache(maxsize=4096)(boxes.of_piece)  # most tensors are whole, and of few shapes

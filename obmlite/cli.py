@@ -1,8 +1,9 @@
-"""The command line: ``obmlite show``, ``plan``, ``consolidate``, ``realign`` and ``verify``."""
+"""The command line: ``obmlite show``, ``run``, ``verify`` and the other commands."""
 
 from __future__ import annotations
 
 import argparse
+import getpass
 import json
 import os
 import sys
@@ -11,18 +12,22 @@ from typing import Any
 
 import tqdm
 
-from obmlite import _running, diff, listing, planning
+from obmlite import _running, diff, listing, planning, signing
 from obmlite._version import __version__
 from obmlite.consolidate import consolidate
 from obmlite.errors import ArgumentError, ObmliteError
 from obmlite.foreign import realign
 from obmlite.loading import load
 from obmlite.plan.topology import Topology, parse_axes
+from obmlite.serving import _command as serving
 from obmlite.verify import verify
 from obmlite.weights import size
 
 GOOD, BAD, USAGE = 0, 1, 2
 """Exit codes."""
+
+PASSPHRASE = "OBMLITE_PASSPHRASE"  # noqa: S105 - where it is, and not what
+"""The environment variable that may hold a private key's passphrase."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return GOOD
+    except (ImportError, OSError) as error:  # what is not installed, a key that is not there, a full disk
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return BAD
     return code
 
 
@@ -87,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
         help="a leaf of the results to a .npy file, or all to .npz or .safetensors; left out, they are described",
     )
     run.add_argument("--pad-batch", action="store_true", help="run an odd batch on the next larger size that there is")
+    _add_public_key(run)
+    run.add_argument("--untrusted", action="store_true", help="run a package from a stranger: see docs/trust.md")
     run.set_defaults(run=_run)
 
     extract = commands.add_parser("extract", help="write a supplemental out of a package")
@@ -166,8 +176,32 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("verify", help="read all of a package and compare it with its digests")
     check.add_argument("path", metavar="PATH", help="the package")
     check.add_argument("--json", action="store_true", help="as JSON")
+    _add_public_key(check)
     check.set_defaults(run=_verify)
+
+    keys = commands.add_parser("keygen", help="make a pair of keys to sign packages with")
+    keys.add_argument("key", metavar="KEY", help="the private key's new file; the public one's is KEY.pub")
+    keys.add_argument(
+        "--passphrase", action="store_true", help=f"encrypt it, with a passphrase that is asked for, or in {PASSPHRASE}"
+    )
+    keys.set_defaults(run=_keygen)
+
+    sign = commands.add_parser("sign", help="sign a package, as it is now")
+    sign.add_argument("path", metavar="PATH", help="the package")
+    sign.add_argument("--key", required=True, metavar="KEY", help="the private key's file, as of keygen")
+    sign.set_defaults(run=_sign)
+
+    serving.add_parser(commands, _printable)
     return parser
+
+
+def _add_public_key(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--public-key",
+        action="append",
+        metavar="FILE",
+        help="refuse a package that is not signed with this key; may be given again: one of them suffices",
+    )
 
 
 def _count(text: str) -> int:
@@ -230,32 +264,28 @@ def _printable(line: str) -> str:
 
 
 def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    model = load(options.path)
+    model = load(options.path, public_key=options.public_key, untrusted=options.untrusted)
     if options.pipeline is not None and options.pipeline not in model.pipelines:
         names = ", ".join(model.pipelines) or "no pipelines"
         parser.error(f"there is no pipeline {options.pipeline!r} in {options.path}; there are {names}")
     pipeline = model.pipeline if options.pipeline is None else model.pipelines[options.pipeline]
     call = pipeline.padded() if options.pad_batch else pipeline
-    try:
-        if options.input or not pipeline.signature.inputs.num_leaves:
-            calls = [_running.read_inputs(pipeline, options.input)]
-        else:
-            calls = model.examples.get(pipeline.name, [])
-            if not calls:
-                parser.error(f"give --input: the package has no examples for {pipeline.signature}")
-        if options.output and len(calls) > 1:
-            parser.error(f"--output takes the results of one call, and there are {len(calls)} examples")
-        for arguments in calls:
-            args, keywords = pipeline.signature.spread(arguments)
-            result = call(*args, **keywords)
-            for name, path in _running.write_outputs(result, options.output):
-                print(_printable(f"{name or 'result'} → {path}"))
-            if not options.output:
-                for line in _running.summary(_running.host_leaves(result)):
-                    print(_printable(line))
-    except (ImportError, OSError) as error:  # a step may need what is not installed
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return BAD
+    if options.input or not pipeline.signature.inputs.num_leaves:
+        calls = [_running.read_inputs(pipeline, options.input)]
+    else:
+        calls = model.examples.get(pipeline.name, [])
+        if not calls:
+            parser.error(f"give --input: the package has no examples for {pipeline.signature}")
+    if options.output and len(calls) > 1:
+        parser.error(f"--output takes the results of one call, and there are {len(calls)} examples")
+    for arguments in calls:
+        args, keywords = pipeline.signature.spread(arguments)
+        result = call(*args, **keywords)
+        for name, path in _running.write_outputs(result, options.output):
+            print(_printable(f"{name or 'result'} → {path}"))
+        if not options.output:
+            for line in _running.summary(_running.host_leaves(result)):
+                print(_printable(line))
     return GOOD
 
 
@@ -315,7 +345,7 @@ def _realign(options: argparse.Namespace, _: argparse.ArgumentParser) -> int:
 
 def _verify(options: argparse.Namespace, _: argparse.ArgumentParser) -> int:
     with tqdm.tqdm(unit="B", unit_scale=True, desc="verifying", disable=None, delay=1) as bar:
-        report = verify(options.path, progress=bar.update)
+        report = verify(options.path, public_key=options.public_key, progress=bar.update)
     if options.json:
         problems = [{"kind": type(p).__name__, **p.facts()} for p in report.problems]
         print(
@@ -327,6 +357,7 @@ def _verify(options: argparse.Namespace, _: argparse.ArgumentParser) -> int:
                     "extra": report.extra,
                     "files": report.files,
                     "nbytes": report.nbytes,
+                    "signer": report.signer,
                 },
                 indent=2,
                 ensure_ascii=False,
@@ -337,6 +368,32 @@ def _verify(options: argparse.Namespace, _: argparse.ArgumentParser) -> int:
             print(f"{type(problem).__name__}: {problem}")
         for path in report.extra:
             print(_printable(f"not part of the package: {path}"))
+        if report.signer:
+            print(f"signed with {report.signer}")
         count = f"{report.files} {'file' if report.files == 1 else 'files'}, {size(report.nbytes)}"
         print(f"{report.package}: {'good' if report.good else 'BAD'}, {count} read")
     return GOOD if report.good else BAD
+
+
+def _keygen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    passphrase = None
+    if options.passphrase:
+        passphrase = _passphrase("Passphrase: ")
+        if PASSPHRASE not in os.environ and passphrase != getpass.getpass("Once more: "):
+            parser.error("the passphrases differ")
+    public, fingerprint = signing.keygen(options.key, passphrase=passphrase)
+    print(_printable(f"{options.key}: the private key, for obmlite sign; keep it to yourself"))
+    print(_printable(f"{public}: the public key {fingerprint}"))
+    return GOOD
+
+
+def _sign(options: argparse.Namespace, _: argparse.ArgumentParser) -> int:
+    fingerprint = signing.sign(
+        options.path, options.key, passphrase=lambda: _passphrase(f"{options.key}: passphrase: ")
+    )
+    print(_printable(f"{options.path}: signed with {fingerprint}"))
+    return GOOD
+
+
+def _passphrase(prompt: str) -> str:
+    return os.environ.get(PASSPHRASE) or getpass.getpass(prompt)

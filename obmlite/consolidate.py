@@ -15,8 +15,9 @@ from obmlite._files import WeightsFiles
 from obmlite._tensors import StoredSource
 from obmlite._version import __version__
 from obmlite._writing import FILE_BYTES, Content, Part, Progress, Tensors, Writer, groups, numbered, record, slug
-from obmlite.errors import CorruptPackageError, UnsupportedFormatError, context
+from obmlite.errors import UnsupportedFormatError, context
 from obmlite.io import checked, digest
+from obmlite.io.chunked import Recent
 from obmlite.io.commit import Transaction
 from obmlite.io.store import LocalDirectory, Store
 from obmlite.loading import open_manifest
@@ -42,7 +43,7 @@ def consolidate(
     """Copies a package, with every tensor whole and aligned in one file, as one process would have saved it.
 
     Everything else is copied as it is. What is read is compared with its digests. Memory does not grow with the
-    tensors: they go through it in slabs of some MiB.
+    tensors: they go through it in slabs of some MiB. The copy has a manifest of its own, and so no signature.
 
     Args:
       path: the package; it is left as it is.
@@ -71,7 +72,7 @@ def consolidate(
             )
         total = sum(file.length for file in manifest.files.values())
         with (
-            Transaction(out, overwrite=overwrite, named=lambda before: decode(before).files) as transaction,
+            Transaction(out, overwrite=overwrite, named=_packaging.named) as transaction,
             _packaging.bar(out, total, progress) as advance,
         ):
             others = [file for file in manifest.files.values() if file.kind is not r.FileKind.WEIGHTS]
@@ -82,8 +83,9 @@ def consolidate(
             with Writer(transaction, advance) as writer:
                 for name, before in manifest.weights.items():
                     source = WeightsFiles(store, manifest.files, before)
+                    compared = WeightsFiles(store, manifest.files, before, Recent())
                     with context(object=name):
-                        weights[name] = _rewrite(writer, before, source, max_file_bytes or FILE_BYTES, files)
+                        weights[name] = _rewrite(writer, before, source, compared, max_file_bytes or FILE_BYTES, files)
             after = dataclasses.replace(
                 manifest, producer=f"obmlite {__version__}", files=dict(sorted(files.items())), weights=weights
             )
@@ -106,14 +108,20 @@ def _copy(transaction: Transaction, store: Store, file: r.FileRecord, advance: P
 
 
 def _rewrite(
-    writer: Writer, before: r.WeightsRecord, source: WeightsFiles, file_bytes: int, files: dict[str, r.FileRecord]
+    writer: Writer,
+    before: r.WeightsRecord,
+    source: WeightsFiles,
+    compared: WeightsFiles,
+    file_bytes: int,
+    files: dict[str, r.FileRecord],
 ) -> r.WeightsRecord:
     """Writes the tensors of a weights object, and adds their files' records."""
     weights = Weights.from_source(before.tree, before.specs, StoredSource(source), before.metadata)
     tensors = Tensors(before.leaf_tensor, before.tensor_leaf)
     parts = list(groups(tensors.parts(weights), file_bytes))
+    content = _in_slabs(before, source, compared)
     made = [
-        writer.write(slug(before.name) + numbered(n, len(parts)), weights.tree.names, group, _in_slabs(before, source))
+        writer.write(slug(before.name) + numbered(n, len(parts)), weights.tree.names, group, content)
         for n, group in enumerate(parts)
     ]
     files.update({file.record.path: file.record for file in made})
@@ -121,13 +129,18 @@ def _rewrite(
     return dataclasses.replace(before, pieces=written.pieces)
 
 
-def _in_slabs(before: r.WeightsRecord, source: WeightsFiles) -> Content:
-    """The content of tensors, a little at a time."""
+def _in_slabs(before: r.WeightsRecord, source: WeightsFiles, compared: WeightsFiles) -> Content:
+    """The content of tensors, a little at a time.
+
+    A tensor is compared with its digests before, since new ones would vouch for whatever it is now. Not as it is read:
+    a slab may touch chunks of very many pieces, which would be hashed again for each slab.
+    """
     stored = StoredSource(source)
 
     def content(part: Part) -> Iterable[memoryview]:
         for piece in before.pieces[part.number]:
-            _check(piece, part, source)
+            file = compared(piece.file)
+            file.check([(file.offset(piece.name), part.spec.kind.storage_nbytes(piece.shape))])
         kind, tensor = part.spec.kind, stored.tensor(part.leaf)
         group = 8 // math.gcd(kind.bits, 8)  # elements after which a byte ends
         left: list[np.ndarray] = []
@@ -157,20 +170,3 @@ def _slabs(shape: Sequence[int], most: int) -> Iterator[Box]:
     for before in itertools.product(*map(range, shape[:axis])):
         for start in range(0, shape[axis], rows):
             yield (*((n, n + 1) for n in before), (start, min(start + rows, shape[axis])), *behind)
-
-
-def _check(piece: r.Piece, part: Part, source: WeightsFiles) -> None:
-    """Compares a piece with its digests; the new ones would otherwise vouch for whatever it is now."""
-    file = source(piece.file)
-    offset, nbytes = file.offset(piece.name), part.spec.kind.storage_nbytes(piece.shape)
-    for n, start in enumerate(range(0, nbytes, digest.CHUNK)):
-        found = digest.sha256(file.read(offset + start, min(digest.CHUNK, nbytes - start)))
-        expected = piece.digests[n * digest.DIGEST_SIZE : (n + 1) * digest.DIGEST_SIZE]
-        if found != expected:
-            raise CorruptPackageError(
-                "A tensor's bytes were changed.",
-                leaf=piece.name,
-                field="chunk digest",
-                expected=f"{piece.file}, chunk {n}: {expected.hex()}",
-                found=found.hex(),
-            )

@@ -22,10 +22,14 @@ __all__ = [
     "PackageNotFoundError",
     "PlatformError",
     "RestoreError",
+    "SignatureError",
     "UnknownNameError",
     "UnsafePathError",
     "UnsupportedFormatError",
 ]
+
+MAX_FACT = 1000
+"""Characters of one fact in an error's text, which a package of a stranger may have filled; attributes have it all."""
 
 _FACTS = ("package", "object", "leaf", "field", "expected", "found", "fix")
 
@@ -68,7 +72,8 @@ class ObmliteError(Exception):
 
     def __str__(self) -> str:
         facts = ((name, getattr(self, name)) for name in _FACTS)
-        return "\n".join([self.problem, *(f"  {name}: {value}" for name, value in facts if value not in (None, ""))])
+        lines = (f"  {name}: {_shortened(str(value))}" for name, value in facts if value not in (None, ""))
+        return "\n".join([_shortened(self.problem), *lines])
 
     def facts(self) -> dict[str, str]:
         """The problem and whatever is known of it, as text."""
@@ -77,6 +82,10 @@ class ObmliteError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild, (type(self), self.problem, {name: getattr(self, name) for name in _FACTS}))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_FACT else f"{text[: MAX_FACT - 1]}…"
 
 
 def _rebuild(cls: type[ObmliteError], problem: str, facts: dict[str, Any]) -> ObmliteError:
@@ -105,6 +114,10 @@ class UnsafePathError(CorruptPackageError):
 
 class UnsupportedFormatError(ObmliteError, NotImplementedError):
     """The package, or one object of it, needs a newer obmlite."""
+
+
+class SignatureError(ObmliteError, ValueError):
+    """The package is not signed with a key that is trusted, or its signature does not fit it."""
 
 
 class LeafError(ObmliteError, TypeError):

@@ -6,14 +6,16 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 
-from obmlite import _arrays, _engine
+from obmlite import _arrays, _compile_options, _engine
 from obmlite import tree as trees
 from obmlite._calling import Call
+from obmlite._compile_options import CompileOptions
 from obmlite._once import once
+from obmlite._processes import OfOneProcess
 from obmlite._promises import beyond_promise
 from obmlite._replaying import Replayability
 from obmlite.errors import ArgumentError, ExportError, LeafError, context
@@ -25,11 +27,7 @@ from obmlite.weights import Weights, check_not_lazy
 __all__ = ["Function", "export"]
 
 
-CompileOptions: TypeAlias = Mapping[str, Mapping[str, Any]]
-"""XLA's options: platform → option → value."""
-
-
-class Function:
+class Function(OfOneProcess):
     """A function that runs without its source.
 
     Called like the function that was exported; arguments may be in any containers with the same keys. A call runs
@@ -278,7 +276,7 @@ class Function:
         Raises:
           ExportError: a platform is none of those that the function was exported for, or an option no name and value.
         """
-        return self._with(compile_options=_checked_options(options, self.platforms))
+        return self._with(compile_options=_compile_options.check(options, self.platforms))
 
     def named(self, name: str) -> Function:
         """The function under another name."""
@@ -410,33 +408,8 @@ def export(
         program,
         lambda: _placed([captures[leaf] for leaf in ordered]),
         metadata=metadata,
-        compile_options=_checked_options(compile_options or {}, platforms),
+        compile_options=_compile_options.check(compile_options or {}, platforms),
     )
-
-
-def _checked_options(options: CompileOptions, platforms: Sequence[str]) -> CompileOptions:
-    """Refuses options that XLA cannot be given.
-
-    Raises:
-      ExportError: a platform is none of the function's, or an option is no name and value.
-    """
-    for platform, own in options.items():
-        if platform not in platforms:
-            raise ExportError(
-                "Compile options are given for a platform that the function is not exported for.",
-                field="compile_options",
-                expected=", ".join(platforms),
-                found=str(platform),
-            )
-        for option, value in own.items():
-            if type(option) is not str or type(value) not in (bool, int, float, str):
-                raise ExportError(
-                    "A compile option is a name with a bool, int, float or str.",
-                    field="compile_options",
-                    expected='such as {"cpu": {"xla_cpu_enable_fast_min_max": True}}',
-                    found=f"{option!r}: {value!r:.80}",
-                )
-    return {platform: dict(own) for platform, own in options.items()}
 
 
 def _placed(values: list[Any]) -> list[Any]:

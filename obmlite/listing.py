@@ -30,7 +30,7 @@ def listing(path: str | os.PathLike[str], *, operations: bool = False) -> dict[s
     Args:
       path: the package's directory.
       operations: whether to list each function's operations too, and which of them are not replayed; its file is read
-        for this.
+        for this, in a child process first, since who looks into a package may not know yet whether to trust it.
 
     Raises:
       PackageNotFoundError: there is no package at the path.
@@ -42,7 +42,7 @@ def listing(path: str | os.PathLike[str], *, operations: bool = False) -> dict[s
         manifest = decode(open_manifest(store))
     describe = functools.partial(_function, manifest)
     if operations:
-        describe = functools.partial(_with_operations, describe, open_model(store, manifest))
+        describe = functools.partial(_with_operations, describe, open_model(store, manifest, untrusted=True))
     return {
         "package": store.name,
         "format": f"{manifest.format[0]}.{manifest.format[1]}",

@@ -22,10 +22,12 @@ from obmlite import _arrays, _batching, _gather
 from obmlite import plan as planning
 from obmlite._arrays import Array
 from obmlite._collector import paused
+from obmlite._files import TensorFile
 from obmlite._placing import Placer
 from obmlite._tensors import StoredTensor
 from obmlite.dtypes import DType
 from obmlite.errors import ArgumentError, context
+from obmlite.io.chunked import Range
 from obmlite.plan import Box, Read, boxes
 from obmlite.specs import TensorSpec
 
@@ -188,7 +190,7 @@ class _Restorer:
                     self._arrays[number] = _from_memory(leaf, target, self._placer(target.sharding))
                     self._progress(leaf.nbytes)
         with paused():
-            for number, array in _batching.restore(batch, lambda number: leaves[number][0].name):
+            for number, array in _batching.restore(batch, lambda number: leaves[number][0].name, lambda: self._threads):
                 self._arrays[number] = array
         self._progress(sum([group.nbytes for _, _, group in batch]))
         while self._queue:
@@ -209,15 +211,19 @@ class _Restorer:
         plan = self._plan(placer, leaf.spec.shape, kind.bits, tensor.boxes, tensor.layouts)
         held: list[Array] = []
         fill: dict[int, tuple[Array, Box]] = {}
+        compare: list[tuple[TensorFile, list[Range]]] = []
         for n, buffer in enumerate(plan.buffers):
             array = None
             if buffer.run is not None and target.dtype is None:
                 file, base = tensor.place(buffer.run[0])
-                array = _gather.mapped(file, kind, base + buffer.run[1], boxes.shape_of(buffer.box))
-                if array is not None and not placer.on_cpu:
-                    file.source.prefetch(base + buffer.run[1], array.nbytes)
-                elif array is not None and not _arrays.is_aligned(array):
+                start = base + buffer.run[1]
+                array = _gather.mapped(file, kind, start, boxes.shape_of(buffer.box), ())
+                if array is not None and placer.on_cpu and not _arrays.is_aligned(array):
                     array = None  # XLA would copy it for each device, and keep the file's pages
+                if array is not None:
+                    compare += [(file, part) for part in file.pending([(start, array.nbytes)])]
+                    if not placer.on_cpu:
+                        file.prefetch(start, array.nbytes)
             if array is None:
                 element = target.dtype or (kind.storage_numpy if kind.is_key else kind.numpy)
                 array = _arrays.aligned_empty(_gather.held_shape(kind, buffer.box), element)
@@ -227,10 +233,10 @@ class _Restorer:
         while self._held and self._held + nbytes > self._limits.memory_budget:
             self._make_room()
         self._held += nbytes
-        futures = []
+        futures = [self._threads.submit(self._compare, leaf, *part) for part in compare]
         if fill:
             reads = plan.reads(fill, chunk=self._limits.chunk_of(kind, target.dtype))
-            futures = [self._threads.submit(self._gather, read, leaf, tensor, fill) for read in reads]
+            futures += [self._threads.submit(self._gather, read, leaf, tensor, fill) for read in reads]
         self._progress(sum([array.nbytes for n, array in enumerate(held) if n not in fill]))
         dtype = np.dtype(np.uint32) if kind.is_key else target.dtype or kind.numpy
         filling = _Filling(number, leaf.spec, tensor, placer, plan, dtype, held, nbytes, futures)
@@ -244,6 +250,10 @@ class _Restorer:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._limits.threads, "obmlite-restore")
         return self._pool
+
+    def _compare(self, leaf: LazyArray, file: TensorFile, ranges: list[Range]) -> None:
+        with context(leaf=leaf.name):
+            file.check(ranges)
 
     def _gather(self, read: Read, leaf: LazyArray, tensor: StoredTensor, into: _gather.Buffers) -> None:
         with context(leaf=leaf.name):
@@ -299,7 +309,7 @@ def _drop(plan: planning.TensorPlan, tensor: StoredTensor) -> None:
     for buffer in plan.buffers:
         if buffer.run is not None:
             file, base = tensor.place(buffer.run[0])
-            file.source.drop(base + buffer.run[1], boxes.size_of(buffer.box) * plan.request.bits // 8)
+            file.drop(base + buffer.run[1], boxes.size_of(buffer.box) * plan.request.bits // 8)
 
 
 def _from_memory(leaf: LazyArray, target: Target, placer: Placer) -> Any:

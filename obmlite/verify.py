@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import concurrent.futures
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import safetensors
 
+from obmlite import _signatures, _verifying
 from obmlite._files import WeightsFiles
 from obmlite._packaging import index_path
-from obmlite._tensors import StoredTensor
+from obmlite._writing import index
 from obmlite.errors import CorruptPackageError, ObmliteError, context
 from obmlite.io import digest
+from obmlite.io.chunked import processors
 from obmlite.io.commit import MANIFEST
+from obmlite.io.staging import signature_name
 from obmlite.io.store import LocalDirectory
-from obmlite.loading import open_manifest, open_model, read_file
+from obmlite.loading import files_of, open_manifest, open_model, read_file
 from obmlite.schema import records as r
 from obmlite.schema.decode import decode
 
@@ -32,9 +36,11 @@ class Report:
     Attributes:
       package: the path.
       problems: what is wrong; empty for a good package.
-      extra: files in the directory that no manifest names. They do no harm.
+      extra: files in the directory that no digest covers, but the manifest's signatures. They do no harm to obmlite;
+        an index for other tools is among them if it says anything else than the manifest.
       files: data files that were checked.
       nbytes: bytes that were read.
+      signer: fingerprint, in hexadecimal digits, of the given key that has signed the package; empty if none was given.
     """
 
     package: str
@@ -42,6 +48,7 @@ class Report:
     extra: tuple[str, ...]
     files: int
     nbytes: int
+    signer: str = ""
 
     @property
     def good(self) -> bool:
@@ -49,18 +56,28 @@ class Report:
         return not self.problems
 
 
-def verify(path: str | os.PathLike[str], *, progress: Callable[[int], object] = lambda _: None) -> Report:
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    public_key: _signatures.PublicKeys | None = None,
+    progress: Callable[[int], object] = lambda _: None,
+) -> Report:
     """Reads all of a package and compares it with its digests.
 
     Args:
       path: the package's directory.
-      progress: called with numbers of bytes that were checked.
+      public_key: of whom the package is to be signed by, as for :func:`obmlite.load`.
+      progress: called with numbers of bytes that were checked, from several threads.
 
     Raises:
       PackageNotFoundError: there is no package at the path.
+      ArgumentError: ``public_key`` is no such key.
+      ImportError: ``public_key`` is given, and ``cryptography`` is not installed.
     """
+    keys = {} if public_key is None else _signatures.public_keys(public_key)
     store = LocalDirectory(path)
     problems: list[ObmliteError] = []
+    signers: list[bytes] = []
 
     def attempt(check: Callable[[], object]) -> None:
         try:
@@ -70,22 +87,17 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int], object] = 
             problems.append(error)
 
     data = open_manifest(store)
+    if keys:
+        attempt(lambda: signers.append(_signatures.check(store, data, keys)))
     try:
         with context(package=store.name):
             manifest = decode(data)
     except ObmliteError as error:
         return Report(store.name, (error,), (), 0, len(data))
-    objects: tuple[Mapping[str, object], ...] = (
-        manifest.functions,
-        manifest.polymorphic,
-        manifest.weights,
-        manifest.pipelines,
-        manifest.supplementals,
-    )
-    for mapping in objects:
+    for mapping in _verifying.objects_of(manifest):
         for name in mapping:
             attempt(lambda mapping=mapping, name=name: mapping[name])  # type: ignore[misc]
-    model = open_model(store, manifest)
+    model = open_model(store, manifest, verify="lazy")
     made: tuple[Mapping[str, object], ...] = (model.polymorphic, model.pipelines, model.supplementals)
     for mapping in made:
         for name in mapping:
@@ -95,21 +107,28 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int], object] = 
         if record.kind is not r.FileKind.WEIGHTS:
             attempt(lambda record=record: _check_file(store, record, manifest))  # type: ignore[misc]
             progress(record.length)
-    used: set[str] = set()
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(processors(), "obmlite-verify") as pool:
         for name in manifest.weights:
             if any(problem.object == name for problem in problems):
                 continue
-            weights = manifest.weights[name]
-            paths = sorted({piece.file for pieces in weights.pieces for piece in pieces})
-            used.update(paths)
-            files = WeightsFiles(store, manifest.files, weights)
-            for file in paths:
+            files = files_of(model.weights[name])
+            for file in files.paths:
                 attempt(lambda files=files, file=file: _check_weights(store, files, file, pool, progress))  # type: ignore[misc]
-    indices = {index_path(name) for name in manifest.weights}
-    extra = [f for f in store.files() if f != MANIFEST and f not in manifest.files and f not in indices]
+    known = {MANIFEST, signature_name(manifest.digest), *manifest.files, *_indices(store, manifest)}
+    extra = [file for file in store.files() if file not in known]
     total = len(data) + sum(record.length for record in manifest.files.values())
-    return Report(store.name, tuple(problems), tuple(extra), len(manifest.files), total)
+    signer = "".join(key.hex() for key in signers)
+    return Report(store.name, tuple(problems), tuple(extra), len(manifest.files), total, signer)
+
+
+def _indices(store: LocalDirectory, manifest: r.ManifestRecord) -> Iterator[str]:
+    """The indices for other tools that say what the manifest says."""
+    for name in manifest.weights:
+        path = index_path(name)
+        with contextlib.suppress(ObmliteError), contextlib.closing(store.open(path)) as source:
+            expected = index(manifest.weights[name])
+            if expected is not None and source.size == len(expected) and source.read(0, source.size) == expected:
+                yield path
 
 
 def _check_file(store: LocalDirectory, record: r.FileRecord, manifest: r.ManifestRecord) -> None:
@@ -135,34 +154,13 @@ def _readable(functions: Mapping[str, r.FunctionRecord]) -> Iterator[r.FunctionR
 
 
 def _check_weights(
-    store: LocalDirectory,
-    files: WeightsFiles,
-    path: str,
-    pool: concurrent.futures.Executor,
-    progress: Callable[[int], object],
+    store: LocalDirectory, files: WeightsFiles, path: str, pool: Executor, progress: Callable[[int], object]
 ) -> None:
-    weights = files.weights
-    with context(object=weights.name):
+    with context(object=files.weights.name):
         file = files(path)
-        digests: dict[str, bytes] = {}
-        for leaf, pieces in zip(weights.tensor_leaf.tolist(), weights.pieces, strict=True):
-            for piece in pieces:
-                if piece.file != path:
-                    continue
-                stored = StoredTensor(weights.specs[leaf], pieces, files, None).storage(piece)
-                found = digest.chunk_digests(stored, pool)
-                progress(stored.nbytes)
-                if found != piece.digests:
-                    chunk = next(n for n in range(0, len(found), 32) if found[n : n + 32] != piece.digests[n : n + 32])
-                    raise CorruptPackageError(
-                        "A tensor's bytes were changed.",
-                        leaf=piece.name,
-                        field="chunk digest",
-                        expected=f"{path}, chunk {chunk // 32}: {piece.digests[chunk : chunk + 32].hex()}",
-                        found=found[chunk : chunk + 32].hex(),
-                    )
-                digests[piece.name] = digest.piece_digest(found)
-        in_order = [digests[name] for name in file.header.entries]
+        _verifying.run(pool, _verifying.comparing(file, progress))
+        digests = {piece.name: piece.digests for own in files.weights.pieces for piece in own if piece.file == path}
+        in_order = [digest.piece_digest(digests[name]) for name in file.header.entries]
         whole = digest.file_digest(files.record(path).digest, in_order).hex()
         if whole[:16] not in path:
             raise CorruptPackageError(

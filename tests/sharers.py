@@ -104,9 +104,10 @@ def main(folder: str) -> None:
     errors = []
     for case in ("order", "sharding", "file"):
         target: Any = everywhere
-        weights = obmlite.load(f"{folder}/{'bad' if case == 'file' and index else 'large'}.obm", mmap=False).weights[
-            "w"
-        ]
+        package = pathlib.Path(folder, "bad.obm" if case == "file" and index else "large.obm")
+        weights = obmlite.load(package, mmap=False).weights["w"]
+        if package.name == "bad.obm":
+            next((package / "weights").glob("*.safetensors")).unlink()
         select = None
         if case == "order" and index:
             select = "w"

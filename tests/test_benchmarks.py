@@ -16,11 +16,11 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def test_every_case_runs(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "--size", "0.0005", "--rounds", "1", "--directory", str(tmp_path)]
     peers = ["--contenders", "safetensors", "copy", "hashing", "header"]
-    peers += ["--cases", "save", "restore", "list", "import"]
+    peers += ["--cases", "save", "restore", "list", "verify", "import"]
     done = subprocess.run([*command, *peers], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("### ") == 5
-    assert done.stdout.count("| **obmlite** |") == 5
+    assert done.stdout.count("### ") == 6
+    assert done.stdout.count("| **obmlite** |") == 6
     for title in ("safetensors", "one numpy copy", "SHA-256 alone", "obmlite, and opening a package"):
         assert title in done.stdout
     assert "goal" not in done.stdout  # which are about the full size

@@ -292,9 +292,10 @@ def test_other_compile_options() -> None:
     options = {"cpu": {"xla_cpu_enable_fast_min_max": True}}
     assert plain.compiled_with(options).compile_options == options
     assert plain.compile_options == {}
+    for option in ({"xla_dump_to": "/tmp"}, {"xla_backend_extra_options": "a"}, {"xla_cpu_max_isa": "/etc"}):
+        assert refused(obmlite.ExportError, lambda option=option: plain.compiled_with({"cpu": option})).fix
     with pytest.raises(obmlite.ExportError, match="abacus"):
         plain.compiled_with({"abacus": {"beads": True}})
-
 
 
 def test_options_reach_the_compiler(tmp_path: pathlib.Path) -> None:

@@ -9,7 +9,7 @@ from obmlite.errors import CorruptPackageError
 from obmlite.io.digest import CHUNK
 from obmlite.io.source import ByteSource
 
-__all__ = ["check_length", "chunks", "read"]
+__all__ = ["check_length", "check_size", "chunks", "read"]
 
 
 def check_length(source: ByteSource, path: str, length: int) -> None:
@@ -23,12 +23,17 @@ def check_length(source: ByteSource, path: str, length: int) -> None:
     Raises:
       CorruptPackageError: it has another one.
     """
-    if source.size != length:
+    check_size(source.size, path, length)
+
+
+def check_size(size: int, path: str, length: int) -> None:
+    """As :func:`check_length`, of a file that is not open: ``size`` bytes are there."""
+    if size != length:
         raise CorruptPackageError(
             "A file has another length than the manifest says.",
             field="length",
             expected=f"{path}: {length} bytes",
-            found=f"{source.size} bytes",
+            found=f"{size} bytes",
         )
 
 

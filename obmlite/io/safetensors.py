@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import operator
+import re
 import reprlib
 import types
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
@@ -87,6 +88,13 @@ _MAX_BITS: Final = 2**64 - 1
 # Digits of 2**64 - 1. Longer numbers are never converted: int() is quadratic in them and, above
 # sys.get_int_max_str_digits(), raises.
 _MAX_DIGITS: Final = 20
+
+
+# A list of empty lists takes 28 times the memory of its text. A header that is large enough for that to count is first
+# compared with what its tensors can need at most: one object and two lists for each, and so many characters.
+_LARGE: Final = 16 << 20
+_ENTRY_SIZE: Final = len('"":{"dtype":"U8","shape":[],"data_offsets":[0,0]}')
+_TEXTS: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -309,6 +317,8 @@ class _Repeated:
 def _decode(raw: bytes) -> tuple[dict[str, Any], bool]:
     """Returns the JSON object in a header, and whether its text may hold escaped characters."""
     text, root, reason = "", None, None
+    if len(raw) > _LARGE:
+        _check_structure(raw)
     try:
         text = raw.decode()
         # Writers pad with spaces, also in front: the format's maintainers allow it since safetensors#686.
@@ -341,6 +351,14 @@ def _decode(raw: bytes) -> tuple[dict[str, Any], bool]:
             found=f"{reprlib.repr(name)} twice",
         )
     return cast("dict[str, Any]", root), "\\u" in text
+
+
+def _check_structure(raw: bytes) -> None:
+    plain = _TEXTS.sub(b"", raw)
+    objects, lists = plain.count(b"{"), plain.count(b"[")
+    # Two more: the outermost object, and the metadata.
+    if (objects - 2) * _ENTRY_SIZE > len(raw) or lists > 2 * objects:
+        _refuse_json(f"{objects} objects and {lists} lists in {len(raw)} bytes")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Repeated:
@@ -418,7 +436,7 @@ def _refuse_entry(name: str, value: Any) -> NoReturn:
     raise CorruptPackageError(
         "A tensor's entry in a safetensors header is not what the format says.",
         leaf=_printable(name),
-        field=_printable(field),
+        field=_printable(field) or "JSON",  # a key may be empty
         expected="an object of dtype, shape and data_offsets, each once",
         found=_printable(found),
     )

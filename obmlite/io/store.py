@@ -107,6 +107,15 @@ class Store(Protocol):
         """
         ...
 
+    def size(self, path: str) -> int:
+        """Length of one file of the package in bytes; it is not opened.
+
+        Raises:
+          UnsafePathError: as for :meth:`open`.
+          MissingFileError: there is no such file.
+        """
+        ...
+
     def files(self) -> list[str]:
         """Relative paths of everything in the package that is no directory, sorted."""
         ...
@@ -191,6 +200,27 @@ class LocalDirectory:
         except BaseException:
             os.close(descriptor)
             raise
+
+    def size(self, path: str) -> int:
+        """Length of one file of the package in bytes; it is not opened.
+
+        Raises:
+          UnsafePathError: as for :meth:`open`.
+          MissingFileError: there is no such file.
+          OSError: the file cannot be looked at for another reason, e.g. a folder's permissions.
+          ValueError: the directory is closed.
+        """
+        *folders, last = check_path(path).split("/")
+        folder = self._walk(folders, path)
+        try:
+            found = os.stat(last, dir_fd=folder, follow_symlinks=not self._no_links)
+        except OSError as error:
+            _refuse(error, folder, last, path, self.name)
+        finally:
+            os.close(folder)
+        if not stat.S_ISREG(found.st_mode):
+            raise _unsafe(path, found.st_mode, self.name)
+        return found.st_size
 
     def local_path(self, path: str) -> str:
         """A file's path for libraries that open files themselves; what they find there is theirs to check.
