@@ -12,10 +12,13 @@ newest      ``.cache/venvs/jax-newest``           the same, where the main Pytho
 objax       ``.cache/venvs/objax``                those of Objax, which needs the oldest JAX
 tensorflow  ``.cache/venvs/tensorflow``           those of TensorFlow's processors and of Orbax' checkpoints
 converters  ``.cache/venvs/converters``           those of OpenVINO and ONNX Runtime, which run what is converted
+serving     ``.cache/venvs/serving``              clients of others: tensorflow-serving-api, tritonclient, and KServe
+ray         ``.cache/venvs/ray``                  Ray Serve
+fuzz        ``.cache/venvs/fuzz``                 hostile input that atheris guides; only where it has wheels
 ==========  ====================================  ===================================================================
 
 In ``oldest`` and ``newest`` the files of tests in ``LONG``, and everywhere the tests that are marked ``long``, run only
-with ``--all`` (``make test-all``), as do ``tensorflow`` and ``converters``, unless they are asked for by ``--only``.
+with ``--all`` (``make test-all``), as do the environments in ``APART``, unless they are asked for by ``--only``.
 
 Environments are made once, by plain pip, and made again when pyproject.toml changes. A run that should have been and
 was not is a failure. Only the standard library is used here.
@@ -29,6 +32,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import platform
 import re
 import shutil
 import subprocess
@@ -44,6 +48,7 @@ NEWER = (3, 12)
 
 # What no other version of JAX changes; the rest runs on each. A new file of tests belongs here only with a reason.
 INDEPENDENT = {
+    "tests/adversarial": "bytes that are refused before JAX sees them",
     "tests/foreign": "files and shapes; restoring itself runs on each",
     "tests/frameworks": "frameworks, which need a JAX of their own time",
     "tests/interop": "other libraries, which need a JAX of their own time",
@@ -53,23 +58,45 @@ INDEPENDENT = {
     "tests/plan/test_planner.py": "the same, and of bytes",
     "tests/plan/test_runs.py": "the same",
     "tests/schema": "the manifest's encoding; nothing of JAX",
+    "tests/serving/test_batching.py": "threads and queues",
+    "tests/serving/test_clients.py": "others' clients, in an environment of their own",
+    "tests/serving/test_config.py": "a file's text",
+    "tests/serving/test_example.py": "an example, which needs scikit-learn",
+    "tests/serving/test_grpc.py": "protobuf's messages over a core that is tested on each",
+    "tests/serving/test_grpc_tensors.py": "protobuf's messages",
+    "tests/serving/test_kserve.py": "KServe, in an environment of its own",
+    "tests/serving/test_malformed.py": "HTTP and JSON",
+    "tests/serving/test_manager.py": "directories; what becomes of a version on each JAX is in test_repository.py",
+    "tests/serving/test_metrics.py": "counters and their text",
+    "tests/serving/test_oip_rest.py": "a protocol over a core that is tested on each",
+    "tests/serving/test_page.py": "HTML, and a browser",
+    "tests/serving/test_ray.py": "Ray, in an environment of its own",
+    "tests/serving/test_requests.py": "threads",
+    "tests/serving/test_server.py": "sockets and processes",
+    "tests/serving/test_tfs_rest.py": "a protocol over a core that is tested on each",
     "tests/test_benchmarks.py": "the benchmarks' report",
     "tests/test_cli.py": "text in a terminal",
     "tests/test_collector.py": "Python's garbage collector",
+    "tests/test_concurrent_saves.py": "races of saving, which are about files",
     "tests/test_consolidate.py": "files, rewritten",
     "tests/test_diff.py": "records and digests",
-    "tests/test_durability.py": "crashes and races of saving, which are about files",
+    "tests/test_durability.py": "crashes of saving, which are about files",
     "tests/test_examples.py": "the examples, which need scikit-learn and matplotlib",
     "tests/test_flushing.py": "the disk",
+    "tests/test_full_disk.py": "the disk",
     "tests/test_independent_reader.py": "a reader without JAX",
+    "tests/test_killed_together.py": "crashes of saving, which are about files",
+    "tests/test_no_imports.py": "names, and what Python imports",
     "tests/test_numbered_versions.py": "directories",
     "tests/test_pipelines_document.py": "a document's text",
     "tests/test_planning.py": "a plan without devices",
+    "tests/test_power_cuts.py": "the disk",
     "tests/test_readme.py": "the README's text",
     "tests/test_restore_document.py": "a document's text",
     "tests/test_restoring_bytes.py": "what the operating system counts",
     "tests/test_realign.py": "files, rewritten",
     "tests/test_scaling.py": "the figures of docs/scaling.md, from shapes alone",
+    "tests/test_signing.py": "digests and keys",
     "tests/test_supplementals.py": "files, carried",
     "tests/test_validation.py": "a report",
     "tests/test_verify.py": "digests",
@@ -88,7 +115,12 @@ LONG = (
     "tests/test_reproducible.py",
     "tests/test_saving.py",
     "tests/test_transformations.py",
+    "tests/test_untrusted.py",
 )
+
+
+APART = ("tensorflow", "converters", "serving", "ray", "fuzz")
+"""Environments that are large, and made for ``--all`` only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +235,23 @@ def runs() -> tuple[list[Run], str]:
             extras="test,openvino,onnx",
             tests=("tests/interop/test_onnx.py", "tests/interop/test_openvino.py"),
         ),
+        Run(
+            "serving",
+            environment("serving"),
+            "jax jaxlib tensorflow-serving-api tritonclient[all] kserve",
+            extras="test,serve,grpc",
+            tests=(
+                "tests/serving/test_clients.py",
+                "tests/serving/test_kserve.py",
+                "tests/serving/test_grpc.py",
+                "tests/serving/test_grpc_tensors.py",
+            ),
+        ),
+        Run("ray", environment("ray"), "jax jaxlib", extras="test,ray", tests=("tests/serving/test_ray.py",)),
     ]
+    if sys.version_info[:2] <= (3, 13) and (platform.system(), platform.machine()) == ("Linux", "x86_64"):
+        guided = ("tests/adversarial/test_guided.py",)
+        found.append(Run("fuzz", environment("fuzz"), "jax jaxlib atheris", extras="test", tests=guided))
     if sys.version_info[:2] >= NEWER:
         return found, ""  # main has the newest JAX
     newer = newer_python()
@@ -286,7 +334,7 @@ def main() -> int:
     parser.add_argument(
         "--only",
         action="append",
-        choices=["main", "oldest", "objax", "tensorflow", "converters", "newest"],
+        choices=["main", "oldest", "objax", *APART, "newest"],
         help="some of the runs",
     )
     parser.add_argument("--all", action="store_true", help="also what takes long")
@@ -298,7 +346,7 @@ def main() -> int:
     ):  # of which that environment has nothing of its own, unless it is named
         chosen = [run for run in chosen if run.tests is None or run.name in (options.only or ())]
     if options.what == "test" and not options.all and not options.only:
-        chosen = [run for run in chosen if run.name not in ("tensorflow", "converters")]
+        chosen = [run for run in chosen if run.name not in APART]
     chosen = [run for run in chosen if not options.only or run.name in options.only]
     results = [Result(run) for run in chosen]
     before: tuple[int, ...] = ()

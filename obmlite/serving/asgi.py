@@ -1,0 +1,146 @@
+"""The REST application: TensorFlow Serving's API, the Open Inference Protocol, metrics and a page, over a repository.
+
+It runs under any ASGI server; :mod:`obmlite.serving.server` runs it under Uvicorn. It neither starts nor stops the
+repository, so that a program may have it for other purposes too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from obmlite.errors import ObmliteError
+from obmlite.serving import _oip_rest, _page, _tfs_rest, metrics
+from obmlite.serving._requests import Limits, PathRoute, Service, error_response
+from obmlite.serving.repository import Repository
+from obmlite.serving.status import ServingError
+
+__all__ = ["Limits", "build_app"]
+
+
+def build_app(
+    repository: Repository,
+    *,
+    limits: Limits | None = None,
+    cors: Sequence[str] = (),
+    metrics: metrics.Metrics | None = None,
+    page: bool = True,
+) -> Starlette:
+    """The application.
+
+    Args:
+      repository: what is served.
+      limits: what clients may take.
+      cors: origins, such as ``"https://example.org"``, whose pages may send requests; ``"*"`` for all. Without any,
+        requests that a browser sends for another site's page are refused.
+      metrics: that observe the repository; made here if None.
+      page: whether there is a page for people at ``/``.
+    """
+    found = _metrics(repository, metrics)
+    service = Service(repository, limits or Limits())
+    predict, *tfs = _tfs_rest.routes(service, found)
+    infer, *oip = _oip_rest.routes(service, found)
+    routes = [
+        predict,
+        infer,
+        *tfs,
+        *oip,
+        PathRoute("GET", r"/monitoring/prometheus/metrics|/metrics", _text_of(found)),
+    ]
+    if page:
+        routes.append(_page.route(repository))
+    sharing = Middleware(
+        CORSMiddleware,
+        allow_origins=cors,
+        allow_methods=("POST", "GET"),
+        allow_headers=("*",),
+        expose_headers=(_oip_rest.HEADER,),
+    )
+    return Starlette(
+        routes=routes,
+        middleware=[sharing if cors else Middleware(_SameOrigin)],
+        exception_handlers=_HANDLERS,
+        lifespan=_closing(service),
+    )
+
+
+def _metrics(repository: Repository, given: metrics.Metrics | None) -> metrics.Metrics:
+    if given is not None:
+        return given
+    found = metrics.Metrics()
+    repository.observe(found)
+    return found
+
+
+def _closing(service: Service) -> Callable[[Any], contextlib.AbstractAsyncContextManager[None]]:
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[None]:
+        yield
+        service.close()
+
+    return lifespan
+
+
+def _text_of(found: metrics.Metrics) -> Callable[[Request], Any]:
+    async def text(request: Request) -> Response:
+        return Response(found.text(), headers={"Content-Type": metrics.CONTENT_TYPE})
+
+    return text
+
+
+class _SameOrigin:
+    """Refuses what a browser sends for another site's page: it does so even where that page may not see the answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD"):
+            headers = dict(scope["headers"])
+            origin = headers.get(b"origin")
+            if origin is not None and origin.partition(b"://")[2] != headers.get(b"host"):
+                refused = error_response(403, "Requests from pages of other sites are not allowed.")
+                await refused(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+# --- errors: always {"error": "…"}, never a traceback
+
+
+async def _serving_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServingError)
+    return error_response(error.code.http, str(error))
+
+
+async def _library_error(request: Request, error: Exception) -> Response:
+    found = ServingError.of(error)
+    return error_response(found.code.http, str(found))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404 and error.detail == "Not Found":
+        return error_response(404, f"Not found: {request.method} {request.url.path[:500]}")
+    return error_response(error.status_code, error.detail, dict(error.headers or {}))
+
+
+async def _unexpected_error(request: Request, error: Exception) -> Response:
+    return error_response(500, "Internal error.")
+
+
+_HANDLERS: dict[Any, Any] = {
+    ServingError: _serving_error,
+    ObmliteError: _library_error,
+    HTTPException: _http_error,
+    Exception: _unexpected_error,
+}
