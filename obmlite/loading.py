@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, Any
 
 import jax
 
-from obmlite import _compile_options, _engine, _isolation, _signatures, _verifying
+from obmlite import _compile_options, _engine, _verifying
 from obmlite._assembling import finder
 from obmlite._collector import paused
 from obmlite._files import WeightsFiles
@@ -39,6 +39,9 @@ from obmlite.signature import Signature
 from obmlite.supplemental import Supplemental
 from obmlite.weights import Weights
 
+if TYPE_CHECKING:
+    from obmlite._signatures import PublicKeys
+
 __all__ = ["load"]
 
 
@@ -53,7 +56,7 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     compile_options: bool = True,
     pad_batch: bool = False,
-    public_key: _signatures.PublicKeys | None = None,
+    public_key: PublicKeys | None = None,
     untrusted: bool = False,
 ) -> Model:
     """Opens a package. Only its manifest is read, unless ``verify`` says so; everything else when it is first used.
@@ -107,14 +110,16 @@ def load(
             expected='engine="auto" or "replay", without allow_custom_calls',
             found=f"engine={engine!r}, allow_custom_calls={allow_custom_calls!r}",
         )
-    keys = None
+    check = None
     if public_key is not None:
-        keys = _signatures.public_keys(public_key)
+        from obmlite import _signatures  # few programs need it, and all pay for what is imported
+
+        check = functools.partial(_signatures.check, keys=_signatures.public_keys(public_key))
         verify = "lazy" if verify == "structure" else verify
         mmap = bool(mmap)  # what is mapped can change after it was compared
     if "://" in os.fspath(path):
         raise PackageNotFoundError("Only local directories can be loaded.", package=path)
-    store, manifest = _open(path, version, mmap, keys)
+    store, manifest = _open(path, version, mmap, check)
     with context(package=store.name):
         model = open_model(
             store, manifest, engine, allow_custom_calls, mesh, compile_options, pad_batch, verify, untrusted
@@ -125,15 +130,15 @@ def load(
 
 
 def _open(
-    path: str | os.PathLike[str], version: int | None, mmap: bool | None, keys: Mapping[bytes, Any] | None
+    path: str | os.PathLike[str], version: int | None, mmap: bool | None, check: Callable[[Store, bytes], object] | None
 ) -> tuple[Store, records.ManifestRecord]:
     """The package at a path, or one of the versions in the directory there."""
 
     def trusted_manifest(store: Store) -> records.ManifestRecord:
         data = open_manifest(store)
         while True:
-            if keys is not None:
-                _signatures.check(store, data, keys)
+            if check is not None:
+                check(store, data)
             manifest = decode(data)
             try:
                 _verifying.check_lengths(store, manifest.files.values())
@@ -322,7 +327,11 @@ def open_model(
     def supplemental(name: str) -> Supplemental:
         return Supplemental.from_record(store, manifest.files, manifest.supplementals[name])
 
-    apart = _isolation.Apart(artifacts) if untrusted else None
+    apart = None
+    if untrusted:
+        from obmlite import _isolation
+
+        apart = _isolation.Apart(artifacts)
     functions = Names(list(manifest.functions), function)
     polymorphic = Names(list(manifest.polymorphic), concrete)
     all_weights = Names(list(manifest.weights), weights)

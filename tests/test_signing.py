@@ -298,8 +298,8 @@ def test_the_manifest_that_is_checked_is_the_one_that_is_used(place: Path, monke
     """Another package takes its place right after the check."""
     check = _signatures.check
 
-    def replaced(*args: Any) -> bytes:
-        found = check(*args)
+    def replaced(*args: Any, **keywords: Any) -> bytes:
+        found = check(*args, **keywords)
         model(2.0).save(place / "m.obm", overwrite=True)
         return found
 
