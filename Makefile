@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # One stamp for each set of extras, so that a target installs what it needs and no more.
 STAMP = $(VENV)/.installed-
 
-.PHONY: demo test test-all check format bench golden golden-all clean
+.PHONY: demo test test-all check format fuzz bench golden golden-all clean
 
 demo: $(STAMP)examples ## train, save, load in another process, compare
 	$(BIN)/python examples/digits.py --out demo
@@ -25,6 +25,9 @@ check: $(STAMP)dev ## formatting, lint, types
 format: $(STAMP)dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+fuzz: $(STAMP)dev ## hostile input for SECONDS, of every kind or of KIND
+	$(BIN)/python -m tests.adversarial fuzz --seconds $(or $(SECONDS),60) $(addprefix --kind ,$(KIND))
 
 bench: $(STAMP)bench ## the tables of docs/benchmarks.md
 	$(BIN)/python -m benchmarks

@@ -357,13 +357,17 @@ def by_code(code: int, impl: str | None = None) -> DType:
     """
     if code == KEY:
         if impl is None or _IMPL.fullmatch(impl) is None:
-            raise CorruptPackageError("a key's dtype names no PRNG implementation", field="dtype", found=repr(impl))
+            raise CorruptPackageError(
+                "a key's dtype names no PRNG implementation", field="dtype", found=f"{impl!r:.80}"
+            )
         return _key(impl)
     dtype = _BY_CODE.get(code)
     if dtype is None:
         raise CorruptPackageError("there is no dtype of that number", field="dtype", found=code)
     if impl:
-        raise CorruptPackageError(f"a PRNG implementation stands beside {dtype.name}", field="dtype", found=repr(impl))
+        raise CorruptPackageError(
+            f"a PRNG implementation stands beside {dtype.name}", field="dtype", found=f"{impl!r:.80}"
+        )
     return dtype
 
 
@@ -383,7 +387,7 @@ def parse(text: str) -> DType:
     raise ExportError(
         "there is no dtype of that name",
         field="dtype",
-        found=repr(text),
+        found=f"{text!r:.80}",
         fix="write it as f32, float32, bf16, i4, bool or key<threefry2x32>",
     )
 

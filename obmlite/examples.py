@@ -7,6 +7,7 @@ They are one safetensors file; its ``__metadata__`` has the pytree (``obmlite.tr
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from obmlite import _arrays, dtypes
 from obmlite import tree as trees
-from obmlite.errors import ArgumentError, CorruptPackageError, context
+from obmlite.errors import ArgumentError, CorruptPackageError, ExportError, context
 from obmlite.io import safetensors
 from obmlite.supplemental import Supplemental
 
@@ -30,6 +31,11 @@ NAME = "examples"
 
 MIME_TYPE = "application/x.obmlite-examples+safetensors"
 VERSION = "1"
+
+MAX_BYTES = 1 << 30
+"""Bytes of all example inputs of a model, which are read whole."""
+
+_MAX_ELEMENTS = 1 << 58  # of 16 bytes, numpy's limit
 
 _TREE, _LEAVES = "obmlite.tree", "obmlite.leaves"
 
@@ -55,14 +61,8 @@ def pack(examples: Examples) -> bytes:
             for n, spec in enumerate(specs)
         ]
     )
-    described = {
-        "kinds": [int(kind) for kind in tree.kinds],
-        "arities": [int(arity) for arity in tree.arities],
-        "key_kinds": [int(kind) for kind in tree.key_kinds],
-        "keys": ["" if key is None else trees.key_text(key) for key in tree.keys],
-    }
     metadata = {
-        _TREE: json.dumps(described, ensure_ascii=False),
+        _TREE: json.dumps(trees.to_columns(tree), ensure_ascii=False),
         _LEAVES: json.dumps([[spec.kind.short, list(spec.shape)] for spec in specs]),
     }
     bodies = [np.ascontiguousarray(stored[int(entry.name)]).tobytes() for entry in layout]
@@ -75,35 +75,57 @@ def unpack(data: bytes) -> dict[str, list[dict[str, Any]]]:
     Raises:
       CorruptPackageError: the bytes are no examples.
     """
-    size = safetensors.header_size(data[:8], len(data))
-    header = safetensors.parse_header(data[:size], len(data))
-    try:
-        described, rows = (json.loads(header.metadata[key]) for key in (_TREE, _LEAVES))
-        columns = [described[key] for key in ("kinds", "arities", "key_kinds", "keys")]
-        if len({*map(len, columns)}) != 1:
-            raise ValueError("columns of different lengths")
-        kinds, arities, key_kinds, texts = columns
-        key_kinds = [trees.KeyKind(kind) for kind in key_kinds]
-        keys = [trees.key_from_text(kind, text) for kind, text in zip(key_kinds, texts, strict=True)]
-        tree = trees.Tree([trees.Kind(kind) for kind in kinds], list(map(int, arities)), key_kinds, keys)
-        tree.check()
-        leaves = []
-        for n, (dtype, shape) in enumerate(rows):
-            kind, entry = dtypes.parse(dtype), header.entries[str(n)]
-            if (entry.dtype, tuple(entry.shape)) != (kind.storage, kind.storage_shape(tuple(shape))):
-                raise ValueError(f"leaf {n} is stored otherwise")
-            raw = np.frombuffer(data, np.uint8, entry.end - entry.start, size + entry.start)
-            held = raw.view(kind.storage_numpy).reshape(kind.storage_shape(tuple(shape)))
-            leaf = kind.from_storage(held, tuple(shape))
-            leaves.append(jax.random.wrap_key_data(leaf, impl=kind.impl) if kind.is_key else leaf)
+    with context(object=NAME):
+        size = safetensors.header_size(data[:8], len(data))
+        header = safetensors.parse_header(data[:size], len(data))
+        tree = trees.from_columns(_described(header, _TREE))
+        rows = _described(header, _LEAVES)
+        if not isinstance(rows, list) or len(rows) != tree.num_leaves or len(rows) != len(header.entries):
+            raise _malformed(_LEAVES, f"a list of {tree.num_leaves} leaves and {len(header.entries)} tensors", rows)
+        leaves = [_leaf(data, header, n, row) for n, row in enumerate(rows)]
         value = tree.unflatten(leaves)
         if type(value) is not dict or not all(
             type(calls) is list and all(type(call) is dict for call in calls) for calls in value.values()
         ):
-            raise ValueError("no mapping of lists of arguments")
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CorruptPackageError("The example inputs are malformed.", object=NAME, found=str(error)[:300]) from error
+            raise _malformed(_TREE, "a mapping of lists of arguments", value)
     return value
+
+
+def _described(header: safetensors.Header, key: str) -> Any:
+    try:
+        return json.loads(header.metadata.get(key, ""))
+    except (ValueError, RecursionError) as error:
+        raise _malformed(key, "JSON", header.metadata.get(key)) from error
+
+
+def _leaf(data: bytes, header: safetensors.Header, number: int, row: Any) -> Any:
+    """One leaf, if what is described of it is what is stored."""
+    good = type(row) is list and len(row) == 2 and type(row[0]) is str and type(row[1]) is list
+    if not good or len(row[1]) > safetensors.MAX_RANK or any(type(size) is not int or size < 0 for size in row[1]):
+        raise _malformed(_LEAVES, "a dtype and a shape", row)
+    if math.prod(size or 1 for size in row[1]) > _MAX_ELEMENTS:  # a 0 does not hide what stands beside it
+        raise _malformed(_LEAVES, "an array that can be addressed", row)
+    try:
+        kind = dtypes.parse(row[0])
+    except ExportError as error:
+        raise _malformed(_LEAVES, "a dtype", row) from error
+    shape, entry = tuple(row[1]), header.entries.get(str(number))
+    found = None if entry is None else (entry.dtype, entry.shape)
+    if entry is None or not kind.storage or found != (kind.storage, kind.storage_shape(shape)):
+        raise _malformed(_LEAVES, f"what is stored as {number}, {found}", row)
+    raw = np.frombuffer(data, np.uint8, entry.end - entry.start, header.size + entry.start)
+    leaf = kind.from_storage(raw.view(kind.storage_numpy).reshape(entry.shape), shape)
+    return jax.random.wrap_key_data(leaf, impl=kind.impl) if kind.is_key else leaf
+
+
+def _malformed(key: str, expected: str, found: Any) -> CorruptPackageError:
+    return CorruptPackageError(
+        "The example inputs are malformed.",
+        object=NAME,
+        field=f"__metadata__.{key}",
+        expected=expected,
+        found=f"{found!r:.80}",
+    )
 
 
 def examples_of(supplementals: Mapping[str, Supplemental]) -> dict[str, list[dict[str, Any]]]:
@@ -114,6 +136,14 @@ def examples_of(supplementals: Mapping[str, Supplemental]) -> dict[str, list[dic
     """
     if NAME not in supplementals or supplementals[NAME].mime_type != MIME_TYPE:
         return {}
+    if supplementals[NAME].nbytes > MAX_BYTES:
+        raise CorruptPackageError(
+            "The example inputs are too large.",
+            object=NAME,
+            field="Files.length",
+            expected=f"at most {MAX_BYTES} bytes",
+            found=supplementals[NAME].nbytes,
+        )
     return unpack(supplementals[NAME].read())
 
 
@@ -145,7 +175,16 @@ def with_examples(model: Model, inputs: Sequence[Any], pipeline: str | None) -> 
             arguments = target.signature.bind(args, kwargs)
             target.check(arguments)
         own.append(arguments)
-    return Supplemental.from_bytes(pack(found), mime_type=MIME_TYPE, version=VERSION)
+    packed = pack(found)
+    if len(packed) > MAX_BYTES:
+        raise ArgumentError(
+            "The example inputs are too large.",
+            object=NAME,
+            field="inputs",
+            expected=f"at most {MAX_BYTES} bytes",
+            found=len(packed),
+        )
+    return Supplemental.from_bytes(packed, mime_type=MIME_TYPE, version=VERSION)
 
 
 def call_of(given: Any, signature: Signature | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -17,7 +17,9 @@ INDEX = ".safetensors.index.json"
 """How the name of an index ends."""
 
 _SUFFIX = ".safetensors"
-_MAX_INDEX_BYTES = 100_000_000  # as of a header
+
+MAX_INDEX_BYTES = safetensors.MAX_HEADER_SIZE
+"""Bytes of an index: as of a header."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +117,7 @@ def _open(store: LocalDirectory, shards: list[str], index: str | None) -> Files:
 def _read_index(store: LocalDirectory, name: str) -> dict[str, Any]:
     source = store.open(name)
     try:
-        if source.size > _MAX_INDEX_BYTES:
+        if source.size > MAX_INDEX_BYTES:
             raise _malformed(f"{source.size} bytes")
         raw = source.read(0, source.size)
     finally:

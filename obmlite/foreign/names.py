@@ -65,6 +65,16 @@ def _checked(name: str, target: Any) -> tuple[tuple[Any, ...], tuple[int, ...]]:
             expected="text, a tuple of keys, a Part, or None",
             found=repr(target),
         )
+    size = sum(len(key) for key in keys if isinstance(key, str))
+    if len(keys) > trees.MAX_DEPTH or size > trees.MAX_NAME:  # before nested dicts are made of it
+        raise ArgumentError(
+            "A tensor's name is longer than a leaf's may be.",
+            leaf=name[:200],
+            field="names",
+            expected=f"at most {trees.MAX_DEPTH} keys of {trees.MAX_NAME} characters together",
+            found=f"{len(keys)} keys of {size} characters",
+            fix="names=, which gives it another one or leaves it out",
+        )
     return keys, numbers
 
 

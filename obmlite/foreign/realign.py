@@ -95,7 +95,7 @@ def _rewrite(file: TensorFile, header: safetensors.Header, descriptor: int, prog
         start, end = file.offset(entry.name), file.offset(entry.name) + entry.end - entry.start
         while start < end:  # many small tensors make one write
             size = min(end - start, _BLOCK - filled)
-            file.source.read_into(start, buffer[filled : filled + size])
+            file.read_into(start, buffer[filled : filled + size])
             start, filled = start + size, filled + size
             if filled == _BLOCK:
                 flush()

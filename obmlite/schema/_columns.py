@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from obmlite.errors import CorruptPackageError, ObmliteError, UnsupportedFormatError, context
 from obmlite.schema import records as r
@@ -16,13 +15,17 @@ from obmlite.schema._flat import Table
 
 _T = TypeVar("_T")
 _Enum = TypeVar("_Enum", bound=int)
-Column = npt.NDArray[Any]
+Column = np.ndarray[Any, np.dtype[Any]]
 
 MAX_RANK = 64
 """Dimensions of a tensor: numpy's own limit."""
 
 MAX_TENSOR_BYTES = 1 << 62
 """Bytes of one tensor: keeps every product of sizes and offsets inside a signed 64-bit integer."""
+
+
+MAX_AXIS_SIZE = (1 << 31) - 1
+"""Devices along one axis of a mesh."""
 
 
 def corrupt(problem: str, field: str, found: Any = None, expected: Any = None) -> CorruptPackageError:

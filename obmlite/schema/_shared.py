@@ -14,6 +14,7 @@ from obmlite import tree as trees
 from obmlite.errors import ExportError, UnsupportedFormatError
 from obmlite.schema import records as r
 from obmlite.schema._columns import (
+    MAX_AXIS_SIZE,
     MAX_RANK,
     MAX_TENSOR_BYTES,
     Pool,
@@ -113,6 +114,8 @@ class Shared:
             last = name
             if size >= MAX_TENSOR_BYTES:
                 raise corrupt("A file's length is impossible.", "Files.length", size)
+            if k == r.FileKind.FUNCTION and size > r.MAX_FUNCTION_BYTES:
+                raise corrupt("A function's file is too large.", "Files.length", size, f"up to {r.MAX_FUNCTION_BYTES}")
             files[name] = r.FileRecord(name, size, member(r.FileKind, k, "Files.kind"), digests[32 * n : 32 * (n + 1)])
         return files
 
@@ -132,7 +135,7 @@ class Shared:
         cuts = cuts_of(starts, max(starts.size - 1, 0), names.size, "Meshes.axis_start")
         texts = [self.string(n) for n in names.tolist()]
         types = [int(member(AxisType, k, "Meshes.axis_type")) for k in kinds.tolist()]
-        if sizes.size and not 0 < int(sizes.min()) <= int(sizes.max()) < 1 << 31:
+        if sizes.size and not 0 < int(sizes.min()) <= int(sizes.max()) <= MAX_AXIS_SIZE:
             raise corrupt("A mesh axis has an impossible size.", "Meshes.axis_size", sizes.tolist()[:8])
         return [
             MeshSpec(tuple(texts[a:b]), tuple(sizes[a:b].tolist()), tuple(types[a:b]))

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from obmlite.specs import MeshSpec, TensorSpec
 from obmlite.tree import Tree
@@ -24,7 +23,10 @@ KNOWN_FEATURES: frozenset[str] = frozenset()
 CHUNK_SIZE = 8 << 20
 """Bytes that one chunk digest covers."""
 
-Indices = npt.NDArray[np.int64]
+MAX_FUNCTION_BYTES = (1 << 31) - 1
+"""Bytes of a function's file, which is read whole: what jax.export's own flatbuffer can address."""
+
+Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class FileKind(enum.IntEnum):

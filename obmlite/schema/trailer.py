@@ -43,6 +43,21 @@ def seal(flatbuffer: bytes) -> bytes:
     return flatbuffer + _LAYOUT.pack(len(flatbuffer), hashlib.sha256(flatbuffer).digest(), VERSION, 0, MAGIC)
 
 
+def check_size(size: int) -> None:
+    """Refuses a manifest file by its length, before it is read.
+
+    Raises:
+      CorruptPackageError: it is too short or too long to be one.
+    """
+    if not SIZE + 8 <= size <= SIZE + MAX_MANIFEST_BYTES:
+        raise CorruptPackageError(
+            f"The manifest is too {'short' if size < SIZE + 8 else 'long'}.",
+            field="length",
+            expected=f"{SIZE + 8} to {SIZE + MAX_MANIFEST_BYTES} bytes",
+            found=size,
+        )
+
+
 def unseal(manifest: bytes) -> tuple[bytes, bytes]:
     """(the flatbuffer, its SHA-256), once the trailer matches.
 
@@ -50,10 +65,7 @@ def unseal(manifest: bytes) -> tuple[bytes, bytes]:
       CorruptPackageError: the file is not what its trailer says.
       UnsupportedFormatError: the trailer is of a later version.
     """
-    if len(manifest) < SIZE + 8:
-        raise CorruptPackageError(
-            "The manifest is too short.", field="length", expected=f"at least {SIZE + 8} bytes", found=len(manifest)
-        )
+    check_size(len(manifest))
     length, digest, version, flags, magic = _LAYOUT.unpack_from(manifest, len(manifest) - SIZE)
     if magic != MAGIC:
         raise CorruptPackageError(

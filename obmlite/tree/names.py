@@ -12,6 +12,10 @@ from obmlite.errors import CorruptPackageError
 MAX_KEY_NESTING = 8
 """Tuples within tuples in a dictionary key."""
 
+MAX_NAME = 1 << 14
+"""Characters of the name of a leaf, or of any node, and so of a key. Keys are shared in a manifest, names are not:
+without a limit a small manifest could ask for any amount of memory, and comparing its keys for any amount of time."""
+
 RESERVED = "__metadata__"  # safetensors' key for its own string map
 
 Key: TypeAlias = "str | int | tuple[Any, ...]"
@@ -68,6 +72,13 @@ def key_from_text(kind: KeyKind, text: str) -> Key | None:
     Raises:
       CorruptPackageError: the text is no key of that kind.
     """
+    if len(text) > MAX_NAME:
+        raise CorruptPackageError(
+            "A key of a tree is too long.",
+            field="tree.key",
+            expected=f"at most {MAX_NAME} characters",
+            found=f"{len(text)} characters",
+        )
     try:
         if kind is KeyKind.ROOT:
             if text:

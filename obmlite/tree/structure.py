@@ -22,17 +22,13 @@ import numpy as np
 
 from obmlite.errors import CorruptPackageError, RestoreError
 from obmlite.tree import nodes
-from obmlite.tree.names import RESERVED, Key, KeyKind, escape, key_text
+from obmlite.tree.names import MAX_NAME, RESERVED, Key, KeyKind, escape, key_text
 
 MAX_DEPTH = 1000
 """Nodes from the root to a leaf. Far above any model; finds a container that holds itself."""
 
 MAX_NODES = 1 << 24
 """Nodes of one tree. 16 million leaves are beyond what JAX itself can trace."""
-
-MAX_NAME = 1 << 14
-"""Characters of the name of a leaf, or of any node. Keys are shared in a manifest, names are not: without a limit a
-small manifest could ask for any amount of memory."""
 
 MAX_NAMES_FIXED, MAX_NAMES_EACH = 1 << 20, 1 << 10
 """Characters of all leaves' names together: so many, and so many more for each leaf."""

@@ -251,6 +251,7 @@ lie("too few digests", "Files.digest", lambda d: d["files"]["digest"].pop())
 lie("too many digests", "Files.digest", lambda d: d["files"]["digest"].extend(bytes(32)))
 lie("an impossible length", "Files.length", put("files", "length", 0, value=1 << 62))
 lie("the longest length", "Files.length", put("files", "length", 0, value=(1 << 64) - 1))
+lie("a function of 2 GiB", "Files.length", put("files", "length", 1, value=1 << 31))
 
 # Meshes and partitions.
 for size in (0, 1 << 31, (1 << 64) - 1):
@@ -315,6 +316,11 @@ lie(
     "a key that is no text",
     "Manifest.strings",
     lambda d: d["weights"][0]["tree"]["key"].__setitem__(1, string(d, b"\xff")),
+)
+lie(
+    "a key that is too long",
+    "tree.key",
+    lambda d: d["weights"][0]["tree"]["key"].__setitem__(1, string(d, "a" * ((1 << 14) + 1))),
 )
 for n, arity in [(0, 5), (0, 7), (0, 0), (1, 1), (6, 1), (0, (1 << 32) - 1)]:
     lie(f"a tree with arity {arity} at {n}", "tree.arity", put(*TREE, "arity", n, value=arity))

@@ -14,15 +14,14 @@ from typing import Any, TypeVar
 
 from obmlite import tree as trees
 from obmlite.errors import CorruptPackageError
+from obmlite.tree.described import COLUMNS
 
 _T = TypeVar("_T")
 
 TREE_KEY = "obmlite.tree"
 """Key in a file's ``__metadata__``."""
 
-_COLUMNS = ("kinds", "arities", "key_kinds", "keys")
-_FIELDS = frozenset((*_COLUMNS, "classes", "static", "names", "numbers", "weak"))
-_MOST = 1 << 31
+_FIELDS = frozenset((*COLUMNS, "classes", "static", "names", "numbers", "weak"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +46,14 @@ def encode(description: Description) -> str:
     tree = description.tree
     static = {str(n): base64.b64encode(trees.pack_static(data)).decode() for n, data in sorted(tree.static.items())}
     fields: dict[str, Any] = {
-        "kinds": [int(kind) for kind in tree.kinds],
-        "arities": [int(arity) for arity in tree.arities],
-        "key_kinds": [int(kind) for kind in tree.key_kinds],
-        "keys": ["" if key is None else trees.key_text(key) for key in tree.keys],
+        **trees.to_columns(tree),
         "classes": {str(n): name for n, name in sorted(tree.classes.items())},
         "static": static,
         "names": [] if description.names == tree.names else list(description.names),
         "numbers": sorted(description.numbers),
         "weak": sorted(description.weak),
     }
-    present = {name: value for name, value in fields.items() if value or name in _COLUMNS}
+    present = {name: value for name, value in fields.items() if value or name in COLUMNS}
     return json.dumps(present, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -71,27 +67,17 @@ def decode(text: str) -> Description:
         raw = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise _corrupt("is no JSON", text) from error
-    if not isinstance(raw, dict) or not raw.keys() <= _FIELDS or not raw.keys() >= set(_COLUMNS):
+    if not isinstance(raw, dict) or not raw.keys() <= _FIELDS or not raw.keys() >= COLUMNS.keys():
         raise _corrupt("has other fields than it should", text)
-    kinds, arities, key_kinds = (_list(raw, name, int) for name in _COLUMNS[:3])
-    texts = _list(raw, "keys", str)
-    if not len(kinds) == len(arities) == len(key_kinds) == len(texts):
-        raise _corrupt("has columns of different lengths", f"{len(kinds)} kinds, {len(texts)} keys")
-    try:
-        keys = [trees.key_from_text(trees.KeyKind(k), t) for k, t in zip(key_kinds, texts, strict=True)]
-    except ValueError as error:
-        if isinstance(error, CorruptPackageError):
-            raise
-        raise _corrupt("has a key of unknown kind", error) from error
-    classes = _by_node(raw, "classes", len(kinds), lambda name: name)
-    static = _by_node(raw, "static", len(kinds), _unpack)
-    tree = trees.Tree(kinds, arities, key_kinds, keys, classes, static)
-    tree.check()
+    nodes = len(raw["kinds"]) if isinstance(raw["kinds"], list) else 0
+    classes = _by_node(raw, "classes", nodes, lambda name: name)
+    static = _by_node(raw, "static", nodes, _unpack)
+    tree = trees.from_columns(raw, classes, static)
     names = _list(raw, "names", str) or tree.names
     if len(names) != tree.num_leaves or len(set(names)) != len(names):
         raise _corrupt("has not one name for each leaf", f"{len(names)} names, {tree.num_leaves} leaves")
     numbers, weak = (frozenset(_list(raw, name, int)) for name in ("numbers", "weak"))
-    if any(n >= tree.num_leaves for n in numbers | weak):
+    if any(not 0 <= n < tree.num_leaves for n in numbers | weak):
         raise _corrupt("names leaves that it does not have", sorted(numbers | weak)[-1])
     return Description(tree, tuple(names), numbers, weak)
 
@@ -100,8 +86,6 @@ def _list(raw: dict[str, Any], field: str, cls: type[_T]) -> list[_T]:
     found = raw.get(field, [])
     if not isinstance(found, list) or any(type(item) is not cls for item in found):
         raise _corrupt(f"has other {field} than it should", found)
-    if cls is int and any(not 0 <= item < _MOST for item in found):
-        raise _corrupt(f"has {field} out of range", found)
     return found
 
 

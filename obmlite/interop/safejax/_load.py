@@ -108,7 +108,9 @@ def read(path_or_buf: str | os.PathLike[str] | bytes, fs: Any = None) -> Content
         names = sorted(header.entries) if description is None else description.names
         for name in sorted(header.entries.keys() ^ set(names)):
             raise CorruptPackageError(
-                "A file's tensors are not those that the description of its pytree names.", leaf=name
+                "A file's tensors are not those that the description of its pytree names.",
+                leaf=name,
+                field=f"__metadata__.{TREE_KEY}",
             )
         numbers = frozenset[int]() if description is None else description.numbers
         weak = frozenset[int]() if description is None else description.weak
