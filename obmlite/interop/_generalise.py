@@ -195,7 +195,7 @@ def run(
                 if linear is not None:
                     given[m] = jax.numpy.asarray(linear.at(dimensions or {})).astype(eqn.invars[m].aval.dtype)
         if eqn.primitive.name in _CALLS:
-            results: Any = run(own["jaxpr"], given, revise=revise)
+            results: Any = run(own[_CALLS[eqn.primitive.name]], given, revise=revise)
         else:
             results = revise(eqn.primitive, given, own) if revise is not None else None
             if results is None:
@@ -204,8 +204,8 @@ def run(
     return [v.val if isinstance(v, core.Literal) else values[v] for v in closed.jaxpr.outvars]
 
 
-_CALLS = frozenset({"jit", "pjit"})
-"""Calls by name, as JAX 0.9 to 0.12 has them."""
+_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
+"""Calls and what is called, by name, as JAX 0.9 to 0.12 has them. Derivatives are nothing to a converter."""
 
 
 def inlined(closed: Any) -> Any:

@@ -64,3 +64,12 @@ def test_two_symbols() -> None:
 def test_what_depends_on_sizes_otherwise_is_refused(fn: Callable[..., Any]) -> None:
     with pytest.raises(ExportError, match="known sizes"):
         fitted(fn, lambda b: (b, 8), ("b",))
+
+
+def test_rules_for_derivatives_are_left_out() -> None:
+    """As replay has them for functions that StableHLO writes out."""
+    function = jax.custom_jvp(lambda x: jnp.sin(x) * 2)
+    function.defjvp(lambda primals, tangents: (function(*primals), tangents[0]))
+    closed = jax.make_jaxpr(jax.jit(lambda x: function(x) + 1))(jnp.ones(3))
+    inlined = _generalise.inlined(closed)
+    assert [eqn.primitive.name for eqn in inlined.eqns] == ["sin", "mul", "add"]

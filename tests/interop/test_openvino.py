@@ -140,3 +140,17 @@ def test_the_precision_of_a_file_is_as_asked_for(tmp_path: pathlib.Path, half: b
 def test_a_frontend_that_does_not_cover_a_function_says_what_it_lacks() -> None:
     with pytest.raises(ExportError, match=r"(?s)sort.*frontend=\"auto\""):
         openvino.convert(jnp.sort, X, frontend="jax")
+
+
+@needs_openvino
+@pytest.mark.parametrize("frontend", ["auto", "onnx"])
+def test_functions_that_stablehlo_writes_out(tmp_path: pathlib.Path, frontend: str) -> None:
+    """Replay gives them their derivatives again, which no frontend knows."""
+
+    def apply(params: Any, x: Any) -> Any:
+        return {"y": jax.nn.gelu(x @ params["w"], approximate=False) + jax.nn.sigmoid(x @ params["w"])}
+
+    obmlite.Model.from_function(apply, PARAMS, X).save(tmp_path / "m.obm")
+    model = obmlite.load(tmp_path / "m.obm")
+    converted = openvino.convert(model, frontend=frontend)
+    np.testing.assert_allclose(run(converted, X)["y"], model(X)["y"], atol=1e-4)
