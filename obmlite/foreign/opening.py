@@ -77,7 +77,7 @@ def open_weights(
       RestoreError: JAX has no dtype like that of a tensor, which is not left out.
     """
     if os.fspath(path).endswith(MSGPACK):
-        from obmlite.interop import flax_msgpack
+        from obmlite.foreign import flax_msgpack
 
         if names is not None or transform is not None:
             raise ArgumentError("Flax' files hold a tree: names= and transform= are for others.", package=path)

@@ -20,7 +20,7 @@ import safetensors.numpy
 from obmlite import dims, dtypes, examples, foreign, specs
 from obmlite import tree as trees
 from obmlite.errors import ArgumentError, CorruptPackageError, ExportError, LeafError, MissingFileError
-from obmlite.interop import flax_msgpack
+from obmlite.foreign import flax_msgpack
 from obmlite.interop.safejax import _description
 from tests.adversarial import mutations
 from tests.adversarial.kinds import Kind

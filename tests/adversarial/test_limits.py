@@ -21,7 +21,7 @@ from obmlite import dims, dtypes, errors, examples
 from obmlite import tree as trees
 from obmlite.errors import ArgumentError, CorruptPackageError, ExportError, ObmliteError, UnsafePathError
 from obmlite.foreign import files as foreign_files
-from obmlite.interop import flax_msgpack
+from obmlite.foreign import flax_msgpack
 from obmlite.io import safetensors
 from obmlite.io.store import LocalDirectory, check_path
 from obmlite.schema import _flat, decode, records, trailer
@@ -330,12 +330,12 @@ def _(over: int, patch: Patch) -> Any:
 # --- what else is read
 
 
-@limit("interop.flax_msgpack.MAX_DEPTH", "byte 201")
+@limit("foreign.flax_msgpack.MAX_DEPTH", "byte 201")
 def _(over: int, patch: Patch) -> Any:
     return flax_msgpack.read(b"\x91" * (flax_msgpack.MAX_DEPTH + over) + b"\x01")
 
 
-@limit("interop.flax_msgpack.MAX_TEXT", "byte 5")
+@limit("foreign.flax_msgpack.MAX_TEXT", "byte 5")
 def _(over: int, patch: Patch) -> Any:
     size = flax_msgpack.MAX_TEXT + over
     try:
@@ -344,7 +344,7 @@ def _(over: int, patch: Patch) -> Any:
         assert "neither an array nor a number" in error.problem
 
 
-@limit("interop.flax_msgpack.MAX_RANK", "byte 75")
+@limit("foreign.flax_msgpack.MAX_RANK", "byte 75")
 def _(over: int, patch: Patch) -> Any:
     array = msgpack.packb(((1,) * (flax_msgpack.MAX_RANK + over), "int8", b"\0"), use_bin_type=True)
     return flax_msgpack.read(msgpack.packb({"a": msgpack.ExtType(1, array)}))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import obmlite
 from obmlite import CorruptPackageError, LeafError, PackageNotFoundError
-from obmlite.interop import flax_msgpack
+from obmlite.foreign import flax_msgpack
 
 
 @pytest.fixture
