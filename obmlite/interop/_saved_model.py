@@ -11,12 +11,13 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from obmlite.errors import ExportError, context
+from obmlite.errors import ExportError, PackageExistsError, context
 from obmlite.interop._flattened import Flattened, flatten
 from obmlite.interop.tensorflow_steps import import_tensorflow
 from obmlite.model import Model
@@ -59,8 +60,6 @@ def to_saved_model(
       PackageExistsError: there is something at the path.
       ImportError: TensorFlow is not installed.
     """
-    from obmlite.interop.tensorflow import make_room  # not above: it exports this function
-
     tf = import_tensorflow("Writing a SavedModel")
     jax2tf = importlib.import_module("jax.experimental.jax2tf")
     module = tf.Module()
@@ -142,3 +141,20 @@ def _text(flat: Flattened) -> str:
     sides = ((flat.inputs, signature.input_specs), (flat.outputs, signature.output_specs))
     given, found = (", ".join(f"{n}: {s}" for n, s in zip(_names(names), specs, strict=True)) for names, specs in sides)
     return f"({given}) -> {{{found}}}"
+
+
+def make_room(path: str | os.PathLike[str], overwrite: bool) -> None:
+    """Makes way for a SavedModel.
+
+    Raises:
+      PackageExistsError: there is something at the path.
+    """
+    if not os.path.lexists(path) or (os.path.isdir(path) and not os.listdir(path)):
+        return
+    if not overwrite or not os.path.isfile(os.path.join(path, "saved_model.pb")):
+        raise PackageExistsError(
+            "There is something where a SavedModel is to be written.",
+            found=os.fspath(path),
+            fix="overwrite=True replaces a SavedModel" if not overwrite else "choose another path",
+        )
+    shutil.rmtree(path)

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import importlib
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from obmlite import dims, dtypes, specs
 from obmlite import tree as trees
-from obmlite.errors import ExportError, LeafError, PackageExistsError, context
-from obmlite.interop._saved_model import to_saved_model
+from obmlite.errors import ExportError, LeafError, context
+from obmlite.interop._saved_model import make_room, to_saved_model
 from obmlite.interop.tensorflow_steps import (
     SAVED_MODEL,
     SAVED_MODEL_NAME,
@@ -352,20 +351,3 @@ def _keyword_only(tf: Any, function: Concrete, narrow: bool) -> Concrete:
         return {f"output_{n}": tf.cast(r, narrower.get(r.dtype.name, r.dtype)) for n, r in enumerate(results)}
 
     return tf.function(keyword_only, autograph=False).get_concrete_function(**flat)
-
-
-def make_room(path: str | os.PathLike[str], overwrite: bool) -> None:
-    """Makes way for a SavedModel.
-
-    Raises:
-      PackageExistsError: there is something at the path.
-    """
-    if not os.path.lexists(path) or (os.path.isdir(path) and not os.listdir(path)):
-        return
-    if not overwrite or not os.path.isfile(os.path.join(path, "saved_model.pb")):
-        raise PackageExistsError(
-            "There is something where a SavedModel is to be written.",
-            found=os.fspath(path),
-            fix="overwrite=True replaces a SavedModel" if not overwrite else "choose another path",
-        )
-    shutil.rmtree(path)
