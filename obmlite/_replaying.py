@@ -98,7 +98,9 @@ class Replays:
                 field="operations",
                 expected="those of docs/replay.md",
                 found="; ".join(map(str, reasons[:5])) + (f"; … ({len(reasons)} in all)" if len(reasons) > 5 else ""),
-                fix='engine="export" or engine="rebuild"',
+                fix='engine="export" or engine="rebuild"'
+                if self._program.apart is None
+                else "leave untrusted=True out, if you trust who made the package",
             )
 
     def operations(self, order: int = 0) -> dict[str, int]:

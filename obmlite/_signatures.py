@@ -178,7 +178,10 @@ def public_keys(given: PublicKeys) -> dict[bytes, Ed25519PublicKey]:
 
 
 def _several(given: PublicKeys) -> Collection[Any]:
-    return given if isinstance(given, Collection) and not isinstance(given, (str, bytes)) else [given]
+    # A mapping's keys, or the numbers of a bytearray, are no keys of this kind.
+    if isinstance(given, Collection) and not isinstance(given, (str, bytes, bytearray, memoryview, Mapping)):
+        return given
+    return [given]
 
 
 def _public_key(given: Any) -> Ed25519PublicKey:
@@ -189,7 +192,7 @@ def _public_key(given: Any) -> Ed25519PublicKey:
 
     if isinstance(given, Ed25519PublicKey):
         return given
-    shown = "the bytes given"
+    shown = "the bytes given" if isinstance(given, bytes) else "an object"
     if isinstance(given, (str, os.PathLike)):
         shown = os.fspath(given)
         with open(given, "rb") as file:

@@ -23,7 +23,7 @@ from obmlite.serving import _command as serving
 from obmlite.verify import verify
 from obmlite.weights import size
 
-GOOD, BAD, USAGE = 0, 1, 2
+GOOD, BAD, USAGE, INTERRUPTED = 0, 1, 2, 130
 """Exit codes."""
 
 PASSPHRASE = "OBMLITE_PASSPHRASE"  # noqa: S105 - where it is, and not what
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-      The exit code: 0 for a good package, 1 for a bad one or none, 2 for wrong usage.
+      The exit code: 0 for a good package, 1 for a bad one or none, 2 for wrong usage, 130 after Ctrl-C.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ObmliteError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return BAD
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return GOOD
@@ -396,4 +398,13 @@ def _sign(options: argparse.Namespace, _: argparse.ArgumentParser) -> int:
 
 
 def _passphrase(prompt: str) -> str:
-    return os.environ.get(PASSPHRASE) or getpass.getpass(prompt)
+    try:
+        return os.environ.get(PASSPHRASE) or getpass.getpass(prompt)
+    except EOFError:
+        raise ArgumentError(
+            "There is nobody who could be asked for the passphrase.",
+            field="passphrase",
+            expected="a terminal",
+            found="no input",
+            fix=f"put the passphrase into the environment variable {PASSPHRASE}",
+        ) from None

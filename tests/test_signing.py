@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -120,7 +121,14 @@ def test_what_is_no_key(made: Path) -> None:
     public = other.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
-    for given, found in ((public, "RSAPublicKey"), (b"nothing", "something else"), (made / "key", "a private key")):
+    for given, found in (
+        (public, "RSAPublicKey"),
+        (b"nothing", "something else"),
+        (made / "key", "a private key"),
+        (bytearray(b"nothing"), "an object: bytearray"),
+        ({"ann": made / "key.pub"}, "an object: dict"),
+        ([5], "an object: int"),
+    ):
         with pytest.raises(obmlite.ArgumentError, match="no public key of Ed25519") as refused:
             obmlite.load(made / "m.obm", public_key=given)
         assert found in str(refused.value.found)
@@ -128,6 +136,36 @@ def test_what_is_no_key(made: Path) -> None:
         obmlite.load(made / "m.obm", public_key=[])
     with pytest.raises(FileNotFoundError):
         obmlite.load(made / "m.obm", public_key=made / "nothing.pub")
+
+
+def test_a_passphrase_that_nobody_can_give(tmp_path: Path) -> None:
+    """Neither a terminal nor the environment variable."""
+    done = subprocess.run(
+        [sys.executable, "-m", "obmlite", "keygen", str(tmp_path / "key"), "--passphrase"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        start_new_session=True,  # without a terminal, also where the tests have one
+        env={name: value for name, value in os.environ.items() if name != cli.PASSPHRASE},
+    )
+    assert done.returncode == cli.BAD
+    assert "There is nobody who could be asked for the passphrase." in done.stderr
+    assert cli.PASSPHRASE in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_is_no_traceback(made: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "key")
+    command = [sys.executable, "-m", "obmlite", "sign", str(made / "m.obm"), "--key", str(tmp_path / "key")]
+    with (
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as program,
+        open(tmp_path / "key", "wb"),  # which waits until the program reads it
+    ):
+        program.send_signal(signal.SIGINT)
+        assert program.communicate(timeout=60)[1] == ""
+    assert program.returncode == cli.INTERRUPTED
 
 
 # --- signed and loaded

@@ -320,6 +320,7 @@ def test_no_custom_call_is_made(tmp_path: pathlib.Path, target: str, text: str) 
     with pytest.raises(obmlite.UnsupportedFormatError, match=text) as error:
         model(X)
     assert error.value.field in ("operations", "operation")
+    assert "engine=" not in str(error.value)  # no other one would take it
 
 
 def test_a_custom_call_that_the_manifest_hides(tmp_path: pathlib.Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from obmlite.errors import ArgumentError
+from obmlite.io.commit import MANIFEST
 from obmlite.serving import config
 from obmlite.serving.observer import Silent
 from obmlite.serving.repository import Repository
@@ -20,6 +21,8 @@ from obmlite.serving.status import ServingError
 __all__ = ["add_parser"]
 
 MIB = 1 << 20
+_MAX_BODY = 2047  # MiB: of messages, gRPC takes less than 2 GiB
+_MAX_SECONDS = 1_000_000
 
 
 def add_parser(commands: Any, printable: Callable[[str], str]) -> None:
@@ -43,14 +46,29 @@ def add_parser(commands: Any, printable: Callable[[str], str]) -> None:
         help="which versions: latest (default), latest=N, all, or specific=N,N",
     )
     parser.add_argument(
-        "--verify", choices=config.VERIFY, help="how packages are checked before they are served (default structure)"
+        "--verify",
+        choices=config.VERIFY,
+        help="what is compared with a package's digests before it is served (default structure; with a key, lazy)",
     )
+    parser.add_argument(
+        "--public-key",
+        action="append",
+        metavar="FILE",
+        help="serve no version that is not signed with this key; may be given again: one of them suffices",
+    )
+    parser.add_argument("--untrusted", action="store_true", help="serve packages from strangers: see docs/trust.md")
     parser.add_argument("--no-warmup", action="store_true", help="serve without calling a model first")
-    parser.add_argument("--poll", type=float, default=1.0, metavar="SECONDS", help="between looks for versions")
+    parser.add_argument(
+        "--poll", type=_seconds, default=1.0, metavar="SECONDS", help="between looks for versions; 0 to look only once"
+    )
     parser.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="sites whose pages may ask; or *")
-    parser.add_argument("--max-body", type=int, default=64, metavar="MIB", help="of a request (default 64)")
-    parser.add_argument("--max-requests", type=int, default=256, metavar="N", help="at once (default 256)")
-    parser.add_argument("--grace", type=float, default=30.0, metavar="SECONDS", help="for requests when it is stopped")
+    parser.add_argument(
+        "--max-body", type=_count(_MAX_BODY), default=64, metavar="MIB", help="of a request (default 64)"
+    )
+    parser.add_argument("--max-requests", type=_count(1 << 20), default=256, metavar="N", help="at once (default 256)")
+    parser.add_argument(
+        "--grace", type=_seconds, default=30.0, metavar="SECONDS", help="for requests when it is stopped"
+    )
     parser.add_argument("--no-page", action="store_true", help="without the page at /")
 
     def run(options: argparse.Namespace, _: argparse.ArgumentParser) -> int:
@@ -60,10 +78,28 @@ def add_parser(commands: Any, printable: Callable[[str], str]) -> None:
 
 
 def _port(text: str) -> int:
-    port = int(text)
-    if not 0 <= port < 1 << 16:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) >= 1 << 16:
         raise argparse.ArgumentTypeError("must be from 0 to 65535")
-    return port
+    return int(text)
+
+
+def _count(most: int) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not 1 <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"must be from 1 to {most}")
+        return int(text)
+
+    return count
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= _MAX_SECONDS:
+        raise argparse.ArgumentTypeError(f"must be from 0 to {_MAX_SECONDS}")
+    return seconds
 
 
 def _policy(text: str) -> config.Policy:
@@ -72,7 +108,7 @@ def _policy(text: str) -> config.Policy:
     kind, _, rest = text.partition("=")
     if kind == "latest" and re.fullmatch(r"[1-9][0-9]{0,5}", rest):
         return config.Latest(int(rest))
-    if kind == "specific" and re.fullmatch(r"[0-9]{1,19}(,[0-9]{1,19})*", rest):
+    if kind == "specific" and re.fullmatch(r"[0-9]{1,18}(,[0-9]{1,18})*", rest):
         return config.Specific(tuple(map(int, rest.split(","))))
     raise argparse.ArgumentTypeError("expected latest, latest=N, all or specific=N,N")
 
@@ -81,13 +117,21 @@ def _models(options: argparse.Namespace, parser: argparse.ArgumentParser) -> lis
     if (options.base is None) == (options.config is None):
         parser.error("give BASE or --config, and not both")
     if options.config is not None:
-        if options.name or options.policy or options.verify or options.no_warmup:
-            parser.error("--name, --policy, --verify and --no-warmup stand in the file of --config")
+        own = ("name", "policy", "verify", "public_key", "untrusted", "no_warmup")
+        if given := [f"--{option.replace('_', '-')}" for option in own if getattr(options, option)]:
+            parser.error(f"what {', '.join(given)} says stands in the file of --config, for each model")
         try:
             return config.read_config(options.config)
         except OSError as error:
             parser.error(f"{options.config} cannot be read: {error.strerror}")
     base = os.path.abspath(options.base)
+    # What is not there yet may come. These will not become directories of versions by themselves.
+    if not options.base or os.path.isfile(base):
+        parser.error(f"{options.base!r} is no directory of versions")
+    if os.path.exists(os.path.join(base, MANIFEST)):
+        parser.error(
+            f"{options.base} is a package itself, and not a directory of versions: move it to NAME/1 and serve NAME"
+        )
     return [
         config.ModelConfig(
             options.name or os.path.basename(base),
@@ -95,6 +139,8 @@ def _models(options: argparse.Namespace, parser: argparse.ArgumentParser) -> lis
             options.policy or config.Latest(),
             verify=options.verify or "structure",
             warmup=not options.no_warmup,
+            public_key=options.public_key,
+            untrusted=options.untrusted,
         )
     ]
 
@@ -148,8 +194,8 @@ class _Log(Silent):
         self._say = say
 
     def loaded(self, model: str, version: int, seconds: float, error: ServingError | None) -> None:
-        what = f"loaded in {seconds:.2f} s" if error is None else f"not loaded: {error}"
-        self._say(f"{model} {version}: {what}")
+        if error is None:  # why a version is not served is logged, and so goes to stderr
+            self._say(f"{model} {version}: loaded in {seconds:.2f} s")
 
     def state(self, model: str, version: int, state: State) -> None:
         if state is State.UNLOADING:

@@ -60,7 +60,9 @@ def checked_shape(name: str, sizes: Iterable[int], itemsize: int, limit: int) ->
     return shape
 
 
-def from_bytes(name: str, data: bytes, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+def from_bytes(
+    name: str, data: bytes | memoryview, dtype: np.dtype[Any], shape: tuple[int, ...]
+) -> np.ndarray[Any, Any]:
     """The array whose little-endian, row-major elements are ``data``; a read-only view where that is safe.
 
     Of texts, each is behind its length in four bytes.
@@ -112,7 +114,7 @@ def to_bytes(values: np.ndarray[Any, Any]) -> bytes:
     return b"".join([part for text in encoded(values) for part in (_LENGTH.pack(len(text)), text)])
 
 
-def _split(name: str, data: bytes, count: int) -> list[bytes]:
+def _split(name: str, data: bytes | memoryview, count: int) -> list[bytes]:
     """Texts one behind the other, each behind its length; at most one more than ``count``."""
     found: list[bytes] = []
     at = 0

@@ -5,6 +5,7 @@ Source: github.com/kserve/open-inference-protocol, and Triton's extension_model_
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any, Final
 
@@ -37,6 +38,7 @@ _DATATYPES: Final = {
 }  # fmt: skip
 
 
+@functools.cache  # numpy makes a dtype's name anew each time
 def datatype(dtype: np.dtype[Any]) -> str:
     """The protocol's name of a dtype; numpy's in capitals for those that it has none for."""
     return "BYTES" if dtype.kind in "OSUT" else _DATATYPES.get(dtype.name, dtype.name.upper())

@@ -289,7 +289,7 @@ def read_inputs(
             continue
         if type(size) is not int or not 0 <= size <= len(tail) - at:
             raise invalid(f"input {name!r}: 'binary_data_size' is {shown(size)}, and {len(tail) - at} bytes are left")
-        inputs[name] = from_bytes(name, bytes(tail[at : at + size]), info.dtype, shape)
+        inputs[name] = from_bytes(name, tail[at : at + size], info.dtype, shape)
         at += size
     if at != len(tail):
         raise invalid(f"{len(tail) - at} bytes behind the JSON belong to no input")

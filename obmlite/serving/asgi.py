@@ -7,24 +7,30 @@ repository, so that a program may have it for other purposes too.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+try:
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.types import ASGIApp, Receive, Scope, Send
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("REST needs the extra `serve`: pip install 'obmlite[serve]'", name=error.name) from error
 
-from obmlite.errors import ObmliteError
+from obmlite.errors import ArgumentError, ObmliteError
 from obmlite.serving import _oip_rest, _page, _tfs_rest, metrics
 from obmlite.serving._requests import Limits, PathRoute, Service, error_response
 from obmlite.serving.repository import Repository
 from obmlite.serving.status import ServingError
 
 __all__ = ["Limits", "build_app"]
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+")
 
 
 def build_app(
@@ -40,11 +46,22 @@ def build_app(
     Args:
       repository: what is served.
       limits: what clients may take.
-      cors: origins, such as ``"https://example.org"``, whose pages may send requests; ``"*"`` for all. Without any,
-        requests that a browser sends for another site's page are refused.
+      cors: origins, such as ``"https://example.org"``, whose pages may send requests; ``"*"`` for all. What a browser
+        sends for another site's page is refused.
       metrics: that observe the repository; made here if None.
       page: whether there is a page for people at ``/``.
+
+    Raises:
+      ArgumentError: something in ``cors`` is no origin.
     """
+    for origin in cors:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise ArgumentError(
+                "What is given for an origin is none.",
+                field="cors",
+                expected="as browsers send it, such as https://example.org or http://localhost:3000; or *",
+                found=repr(origin)[:200],
+            )
     found = _metrics(repository, metrics)
     service = Service(repository, limits or Limits())
     predict, *tfs = _tfs_rest.routes(service, found)
@@ -67,7 +84,7 @@ def build_app(
     )
     return Starlette(
         routes=routes,
-        middleware=[sharing if cors else Middleware(_SameOrigin)],
+        middleware=[*([sharing] if cors else []), *([] if "*" in cors else [Middleware(_SameOrigin, also=cors)])],
         exception_handlers=_HANDLERS,
         lifespan=_closing(service),
     )
@@ -100,14 +117,16 @@ def _text_of(found: metrics.Metrics) -> Callable[[Request], Any]:
 class _SameOrigin:
     """Refuses what a browser sends for another site's page: it does so even where that page may not see the answer."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, also: Sequence[str]) -> None:
         self._app = app
+        self._also = {origin.encode() for origin in also}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD"):
             headers = dict(scope["headers"])
             origin = headers.get(b"origin")
-            if origin is not None and origin.partition(b"://")[2] != headers.get(b"host"):
+            own = origin is None or origin.partition(b"://")[2] == headers.get(b"host")
+            if not own and origin not in self._also:
                 refused = error_response(403, "Requests from pages of other sites are not allowed.")
                 await refused(scope, receive, send)
                 return

@@ -8,11 +8,14 @@ import os
 import re
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from obmlite._verifying import LEVELS as VERIFY
 from obmlite._verifying import check_level
 from obmlite.errors import ArgumentError, context
+
+if TYPE_CHECKING:
+    from obmlite._signatures import PublicKeys
 
 __all__ = ["VERIFY", "All", "BatchingConfig", "Latest", "ModelConfig", "Policy", "Specific", "read_config"]
 
@@ -129,6 +132,9 @@ class ModelConfig:
       verify: what is compared with the package's digests, as :func:`obmlite.load` has it: ``"structure"``,
         ``"lazy"`` or ``"all"``.
       warmup: whether a version is called before it is shown.
+      public_key: only versions that are signed with this key, or with one of these, are served; as
+        :func:`obmlite.load` takes it. Files are read once, by the :class:`~obmlite.serving.Repository`.
+      untrusted: the packages are a stranger's: see :func:`obmlite.load`.
     """
 
     name: str
@@ -138,17 +144,27 @@ class ModelConfig:
     batching: BatchingConfig | None = None
     verify: str = "structure"
     warmup: bool = True
+    public_key: PublicKeys | None = None
+    untrusted: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "base_path", os.fspath(self.base_path))
-        for what, name in (("name", self.name), *(("labels", label) for label in self.labels)):
-            if not _NAME.fullmatch(name):
+        names: list[tuple[str, Any]] = [("name", self.name), *(("labels", label) for label in self.labels)]
+        for what, name in names:
+            if not isinstance(name, str) or not _NAME.fullmatch(name):
                 raise ArgumentError(
                     "A model's or label's name cannot be in a path.",
                     field=what,
                     expected="1 to 200 characters without /, : and control characters",
                     found=repr(name)[:200],
                 )
+        if not isinstance(self.policy, (Latest, All, Specific)):
+            raise ArgumentError(
+                "There is no such policy.",
+                field="policy",
+                expected="Latest(n), All() or Specific(versions)",
+                found=repr(self.policy)[:200],
+            )
         for version in self.labels.values():
             _check_number("labels", version, 0)
         check_level(self.verify)
@@ -160,7 +176,8 @@ def read_config(path: str | os.PathLike[str]) -> list[ModelConfig]:
     Args:
       path: a ``.toml`` file with a table ``[[model]]`` for each model, or a ``.json`` file with a list ``"model"`` of
         objects. Their keys are the attributes of :class:`ModelConfig`; ``policy`` is ``"all"``, ``"latest"``,
-        ``{latest = 2}`` or ``{specific = [1, 2]}``; a relative ``base_path`` starts at the file's directory.
+        ``{latest = 2}`` or ``{specific = [1, 2]}``, ``public_key`` a PEM file or a list of them; a relative
+        ``base_path`` or ``public_key`` starts at the file's directory.
 
     Raises:
       ArgumentError: the file is malformed, or names a model twice.
@@ -218,7 +235,7 @@ def parse_policy(value: Any) -> Policy:
 
 def _model(given: Any, folder: str) -> ModelConfig:
     values = _known(given, ModelConfig, ("name", "base_path"))
-    kinds = {"name": str, "base_path": str, "labels": dict, "verify": str, "warmup": bool}
+    kinds = {"name": str, "base_path": str, "labels": dict, "verify": str, "warmup": bool, "untrusted": bool}
     for key, kind in kinds.items():
         if key in values and type(values[key]) is not kind:
             raise ArgumentError(
@@ -228,11 +245,26 @@ def _model(given: Any, folder: str) -> ModelConfig:
                 found=repr(values[key])[:200],
             )
     values["base_path"] = os.path.join(folder, values["base_path"])
+    if "public_key" in values:
+        values["public_key"] = _files(values["public_key"], folder)
     if "policy" in values:
         values["policy"] = parse_policy(values["policy"])
     if "batching" in values:
         values["batching"] = BatchingConfig(**_known(values["batching"], BatchingConfig, ()))
     return ModelConfig(**values)
+
+
+def _files(given: Any, folder: str) -> list[str]:
+    """The public keys' files, of one name or a list."""
+    files = [given] if isinstance(given, str) else given
+    if not isinstance(files, list) or not files or not all(isinstance(file, str) and file for file in files):
+        raise ArgumentError(
+            "A model's configuration has a value of another type.",
+            leaf="public_key",
+            expected="a PEM file, or a list of them",
+            found=repr(given)[:200],
+        )
+    return [os.path.join(folder, file) for file in files]
 
 
 def _known(given: Any, kind: type, required: Collection[str]) -> dict[str, Any]:

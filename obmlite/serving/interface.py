@@ -7,6 +7,7 @@ for a result that is one array.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -170,4 +171,9 @@ def to_host(values: Sequence[Any]) -> list[Array]:
 
 
 def _is_key(value: Any) -> bool:
-    return isinstance(value, jax.Array) and bool(jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key))
+    return isinstance(value, jax.Array) and _is_key_dtype(value.dtype)
+
+
+@functools.cache  # asked of each output of each call
+def _is_key_dtype(dtype: Any) -> bool:
+    return bool(jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key))

@@ -14,10 +14,13 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
-from obmlite.errors import CorruptPackageError, PackageNotFoundError
+from obmlite import _signatures
+from obmlite.errors import CorruptPackageError, PackageNotFoundError, context
 from obmlite.io import versions
 from obmlite.io.commit import MANIFEST
+from obmlite.io.staging import is_signature_name
 from obmlite.model import Model
 from obmlite.serving.config import ModelConfig
 from obmlite.serving.observer import Observer, Silent
@@ -81,6 +84,12 @@ class Manager:
         self.problem: ServingError | None = None
         self.looked = False
         self._load = load
+        self._trust: dict[str, Any] = {}  # further arguments of load
+        if config.public_key is not None:
+            with context(object=config.name):
+                self._trust["public_key"] = list(_signatures.public_keys(config.public_key).values())
+        if config.untrusted:
+            self._trust["untrusted"] = True
         self._retries = retries
         self._retry_seconds = retry_seconds
         self._observer: Observer = observer or Silent()
@@ -183,7 +192,8 @@ class Manager:
         try:
             there = versions.numbered(base)
         except OSError as error:
-            self._complain(Code.NOT_FOUND, f"The base path cannot be read, and what is served stays: {error}.")
+            stays = ", and what is served stays" if self._serving else ""
+            self._complain(Code.NOT_FOUND, f"The base path cannot be read{stays}: {error}.")
             return
         if not there:
             package = os.path.exists(os.path.join(base, MANIFEST))
@@ -212,16 +222,27 @@ class Manager:
         return failure is None or failure.retry_at <= time.monotonic()
 
     def _stamp(self, version: int, there: dict[int, list[str]]) -> object:
-        """What is another one once somebody has replaced the package."""
+        """What is another one once somebody has replaced the package, or signed it."""
         found: list[tuple[object, ...]] = []
         for name in there[version]:
-            try:
-                stat = os.stat(os.path.join(self.config.base_path, name, MANIFEST))
-            except OSError:
-                found.append((name,))
-            else:
-                found.append((name, stat.st_ino, stat.st_ctime_ns, stat.st_size))
+            folder = os.path.join(self.config.base_path, name)
+            for file in (MANIFEST, *self._signature_files(folder)):
+                try:
+                    stat = os.stat(os.path.join(folder, file))
+                except OSError:
+                    found.append((name, file))
+                else:
+                    found.append((name, file, stat.st_ino, stat.st_ctime_ns, stat.st_size))
         return found
+
+    def _signature_files(self, folder: str) -> list[str]:
+        """The signature files of a package, if they decide whether it is served."""
+        if self.config.public_key is None:
+            return []
+        try:
+            return sorted(filter(is_signature_name, os.listdir(folder)))
+        except OSError:
+            return []
 
     def _bring(self, version: int, there: dict[int, list[str]]) -> None:
         """Loads a version and serves it, or notes why not."""
@@ -234,11 +255,11 @@ class Manager:
 
         def verified() -> Model:
             level = self.config.verify
-            return opened if level == "structure" else self._load(self.config.base_path, version=version, verify=level)
+            return opened if level == "structure" else self._open(version, verify=level)
 
         try:
             try:
-                opened = self._load(self.config.base_path, version=version)
+                opened = self._open(version)
             except (PackageNotFoundError, CorruptPackageError) as error:
                 # Somebody may still be writing it; to look again at the next time costs little.
                 self._fail(version, stamp, State.START, ServingError.of(error), 0, 0.0)
@@ -250,12 +271,18 @@ class Manager:
                 self._failures.pop(version, None)
                 self._past.pop(version, None)
         except Exception as error:  # noqa: BLE001 - whatever a package's content makes JAX raise, the others are served
-            self._failed(version, stamp, ServingError.of(error))
+            found = ServingError.of(error)
+            if servable.error is None:  # it was not even opened, so that nobody was told
+                self._observer.loaded(name, version, time.monotonic() - started, found)
+            self._failed(version, stamp, found)
             return
         finally:
             with self._lock:
                 self._loading = None
         _LOG.info("%s: version %d is served after %.2f s", name, version, time.monotonic() - started)
+
+    def _open(self, version: int, **options: Any) -> Model:
+        return self._load(self.config.base_path, version=version, **self._trust, **options)
 
     def _failed(self, version: int, stamp: object, error: ServingError) -> None:
         self._garbage = True

@@ -50,13 +50,22 @@ class Repository:
             manifest is another one.
           retry_seconds: between two attempts. A version that is not complete is looked at each time.
           load_threads: models that are loaded at the same time.
-          load: opens a version, as :func:`obmlite.load` does, given ``base_path``, ``version=``, and ``verify=`` where
-            that is not ``"structure"``: ``functools.partial(obmlite.load, public_key="key.pem")``, say.
+          load: opens a version, as :func:`obmlite.load` does, given ``base_path``, ``version=``, and ``verify=``,
+            ``public_key=`` and ``untrusted=`` where the model's configuration has them.
           observers: who is told what happens.
 
         Raises:
-          ArgumentError: two models have one name.
+          ArgumentError: two models have one name, a public key is none, or ``poll_seconds`` is out of range.
+          ImportError: there are public keys, and ``cryptography`` is not installed.
+          OSError: the file of a public key cannot be read.
         """
+        if not 0 <= poll_seconds <= threading.TIMEOUT_MAX:
+            raise ArgumentError(
+                "The time between two looks is none.",
+                field="poll_seconds",
+                expected="seconds",
+                found=repr(poll_seconds),
+            )
         self.configs = {config.name: config for config in configs}
         if len(self.configs) != len(configs):
             raise ArgumentError(
@@ -82,7 +91,12 @@ class Repository:
 
         Returns:
           Whether each model has a version that is served.
+
+        Raises:
+          ArgumentError: it was stopped.
         """
+        if self._stopping.is_set():
+            raise ArgumentError("A repository that was stopped does not start again.", fix="make another one")
         if self._thread is None:
             self._thread = threading.Thread(target=self._poll, name="obmlite repository", daemon=True)
             self._thread.start()

@@ -12,7 +12,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import uvicorn
+try:
+    import uvicorn
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("REST needs the extra `serve`: pip install 'obmlite[serve]'", name=error.name) from error
 
 from obmlite.errors import ArgumentError
 from obmlite.serving._http import protocol

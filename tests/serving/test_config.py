@@ -28,6 +28,8 @@ def test_policies_choose_the_highest_first():
         (lambda: ModelConfig("", "."), "name"),
         (lambda: ModelConfig("a", ".", labels={"x:y": 1}), "labels"),
         (lambda: ModelConfig("a", ".", labels={"x": "1"}), "labels"),
+        (lambda: ModelConfig(5, "."), "name"),
+        (lambda: ModelConfig("a", ".", "latest"), "policy"),
         (lambda: ModelConfig("a", ".", verify="some"), "verify"),
         (lambda: BatchingConfig(max_batch_size=0), "max_batch_size"),
         (lambda: BatchingConfig(batch_timeout_micros=-1), "batch_timeout_micros"),
@@ -51,6 +53,8 @@ policy = {latest = 2}
 labels = {stable = 1}
 verify = "all"
 warmup = false
+public_key = "keys/ann.pub"
+untrusted = true
 [model.batching]
 max_batch_size = 8
 allowed_batch_sizes = [4, 8]
@@ -59,6 +63,7 @@ allowed_batch_sizes = [4, 8]
 name = "other"
 base_path = "/models/other"
 policy = "all"
+public_key = ["/keys/ann.pub", "bob.pub"]
 """
 
 HALF = ModelConfig(
@@ -69,6 +74,7 @@ HALF = ModelConfig(
     BatchingConfig(max_batch_size=8, allowed_batch_sizes=(4, 8)),
     "all",
     False,
+    untrusted=True,
 )
 
 
@@ -76,8 +82,11 @@ def test_a_file_names_models(tmp_path):
     path = tmp_path / "models.toml"
     path.write_text(TOML)
     half, other = read_config(path)
-    assert half == ModelConfig(**{**vars(HALF), "base_path": str(tmp_path / "models/half")})
-    assert other == ModelConfig("other", "/models/other", All())
+    found = {"base_path": str(tmp_path / "models/half"), "public_key": [str(tmp_path / "keys/ann.pub")]}
+    assert half == ModelConfig(**{**vars(HALF), **found})
+    assert other == ModelConfig(
+        "other", "/models/other", All(), public_key=["/keys/ann.pub", str(tmp_path / "bob.pub")]
+    )
     path = tmp_path / "models.json"
     path.write_text(json.dumps({"model": [{"name": "a", "base_path": "b", "policy": {"specific": [2, 1]}}]}))
     assert read_config(path) == [ModelConfig("a", str(tmp_path / "b"), Specific((2, 1)))]
@@ -96,6 +105,10 @@ def test_a_file_names_models(tmp_path):
         ("[[model]]\nname = 'a'\nbase_path = 'b'\nbatch = 1", "A configuration lacks a key, or has one"),
         ("[[model]]\nname = 1\nbase_path = 'b'", "A model's configuration has a value of another type."),
         ("[[model]]\nname = 'a'\nbase_path = 'b'\nlabels = 1", "A model's configuration has a value of another type."),
+        ("[[model]]\nname = 'a'\nbase_path = 'b'\nuntrusted = 'yes'", "A model's configuration has a value of another"),
+        ("[[model]]\nname = 'a'\nbase_path = 'b'\npublic_key = 1", "A model's configuration has a value of another"),
+        ("[[model]]\nname = 'a'\nbase_path = 'b'\npublic_key = []", "A model's configuration has a value of another"),
+        ("[[model]]\nname = 'a'\nbase_path = 'b'\npublic_key = ['']", "A model's configuration has a value of another"),
         ("[[model]]\nname = 'a'\nbase_path = 'b'\npolicy = 'some'", "There is no such policy."),
         ("[[model]]\nname = 'a'\nbase_path = 'b'\npolicy = {latest = 'x'}", "A number is no number"),
         ("[[model]]\nname = 'a'\nbase_path = 'b'\nbatching = {size = 1}", "A configuration lacks a key"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import obmlite
+from obmlite import signing
 from obmlite.serving import All, Code, Latest, ModelConfig, ServingError, Specific, State
 from obmlite.serving.manager import Manager
 from obmlite.serving.observer import Silent
@@ -221,6 +222,87 @@ def test_the_old_version_stays_when_the_new_one_is_corrupt(add, base, packages, 
     assert states(manager) == [served(2), ended(1)]
 
 
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    """Ann's and Bob's."""
+    folder = tmp_path_factory.mktemp("keys")
+    for name in ("ann", "bob"):
+        signing.keygen(folder / name)
+    return folder
+
+
+def test_only_what_is_signed_is_served(add, base, manage, keys):
+    add(1, 2)
+    signing.sign(base / "1", keys / "ann")
+    manager = manage(public_key=[keys / "ann.pub"], retry_seconds=1000.0)
+    manager.look()
+    assert factor(manager) == 1
+    assert states(manager) == [(2, State.LOADING, Code.FAILED_PRECONDITION), served(1)]
+    assert "The package is not signed." in manager.statuses()[0].message
+    signing.sign(base / "2", keys / "bob")  # a signature more: it is tried at once
+    manager.look()
+    assert states(manager) == [(2, State.LOADING, Code.FAILED_PRECONDITION), served(1)]
+    assert "not with a key that is trusted" in manager.statuses()[0].message
+    signing.sign(base / "2", keys / "ann")
+    manager.look()
+    assert states(manager) == [served(2), ended(1)]
+    assert factor(manager) == 2
+
+
+def test_an_observer_is_told_once_of_what_is_not_loaded(add, base, keys):
+    """Whether it is refused when it is opened, or later."""
+
+    class Told(Silent):
+        def loaded(self, model, version, seconds, error):
+            told.append((version, error.code))
+
+    told = []
+    add(1, 2)
+    signing.sign(base / "1", keys / "ann")
+    flip_function(base)
+    signing.sign(base / "2", keys / "ann")
+    add(10)
+    config = ModelConfig("half", base, Specific((2, 10)), public_key=keys / "ann.pub")
+    Manager(config, obmlite.load, observer=Told()).look()
+    assert told == [(10, Code.FAILED_PRECONDITION), (2, Code.DATA_LOSS)]
+
+
+def test_a_signed_version_is_compared(add, base, manage, keys):
+    """Also at the level that compares no tensors otherwise."""
+    add(2)
+    signing.sign(base / "2", keys / "ann")
+    flip_weights(base)
+    manager = manage(public_key=keys / "ann.pub")
+    manager.look()
+    assert states(manager) == [(2, State.LOADING, Code.DATA_LOSS)]
+
+
+def test_keys_are_read_at_once(base, manage, keys):
+    with pytest.raises(obmlite.ArgumentError, match="no public key") as caught:
+        manage(public_key=keys / "ann")
+    assert caught.value.object == "half"
+    with pytest.raises(FileNotFoundError):
+        manage(public_key=keys / "nobody")
+
+
+@pytest.mark.parametrize("verify", ["structure", "all"])
+def test_what_trust_is_passed_on(add, base, manage, keys, verify):
+    """Each time that a version is opened."""
+    given = []
+
+    def load(base, **options):
+        given.append(options)
+        return obmlite.load(base, **options)
+
+    add(1)
+    signing.sign(base / "1", keys / "bob")
+    manager = manage(load=load, public_key=keys / "bob.pub", untrusted=True, verify=verify)
+    manager.look()
+    assert factor(manager) == 1
+    assert len(given) == (1 if verify == "structure" else 2)
+    assert all(options["untrusted"] is True and options["public_key"] for options in given)
+
+
 def test_what_is_gone_is_served_as_long_as_nothing_replaces_it(add, base, manage):
     add(1)
     manager = manage(retry_seconds=1000.0)
@@ -362,6 +444,7 @@ def test_a_base_path_that_is_not_there_yet(base, add, manage):
     manager = manage()
     manager.look()
     assert manager.problem.code is Code.NOT_FOUND
+    assert str(manager.problem).startswith("The base path cannot be read: ")
     with pytest.raises(ServingError, match=r"Servable not found for request: Latest\(half\)"):
         manager.acquire()
     base.mkdir()

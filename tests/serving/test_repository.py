@@ -107,6 +107,19 @@ def test_two_models_of_one_name_are_refused(tmp_path):
         Repository([ModelConfig("a", tmp_path), ModelConfig("a", tmp_path)])
 
 
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
+def test_times_that_cannot_be_waited_for_are_refused(tmp_path, seconds):
+    with pytest.raises(obmlite.ArgumentError, match="poll_seconds"):
+        Repository([ModelConfig("half", tmp_path)], poll_seconds=seconds)
+
+
+def test_what_was_stopped_does_not_start_again(bases, serve):
+    repository = serve(ModelConfig("half", bases / "half"))
+    repository.stop()
+    with pytest.raises(obmlite.ArgumentError, match="does not start again"):
+        repository.start()
+
+
 def test_start_looks_until_it_is_stopped(bases, serve):
     before = set(threading.enumerate())
     repository = serve(ModelConfig("half", bases / "half"), ModelConfig("third", bases / "third"), load_threads=2)

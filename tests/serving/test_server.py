@@ -109,7 +109,7 @@ def test_a_version_that_cannot_be_loaded(tmp_path: pathlib.Path) -> None:
     function.write_bytes(function.read_bytes()[:-1])
     with Program(tmp_path / "m") as program:
         url = program.url
-        until(lambda: program.said("m 1: not loaded") or ask(f"{url}/v1/models/m") is not None)
+        until(lambda: status(url)["status"]["error_message"] != "")
         for path, body, code in (("v1/models/m:predict", {"instances": [1]}, 404), ("v2/health/ready", None, 400)):
             with pytest.raises(urllib.error.HTTPError) as info:
                 ask(f"{url}/{path}", body)
@@ -122,10 +122,21 @@ def test_a_version_that_cannot_be_loaded(tmp_path: pathlib.Path) -> None:
     [
         ([], "give BASE or --config, and not both"),
         (["x", "--config", "y"], "give BASE or --config, and not both"),
-        (["--config", "y", "--name", "z"], "stand in the file of --config"),
+        (["--config", "y", "--name", "z"], "what --name says stands in the file of --config"),
+        (["--config", "y", "--untrusted", "--public-key", "k"], "what --public-key, --untrusted says stands in"),
         (["--config", "/nothing/here.toml"], "cannot be read"),
         (["x", "--port", "70000"], "must be from 0 to 65535"),
+        (["x", "--port", "http"], "must be from 0 to 65535"),
         (["x", "--policy", "newest"], "expected latest, latest=N, all or specific=N,N"),
+        (["x", "--policy", "specific=9999999999999999999"], "expected latest, latest=N, all or specific=N,N"),
+        (["x", "--poll", "-1"], "--poll: must be from 0 to"),
+        (["x", "--poll", "inf"], "--poll: must be from 0 to"),
+        (["x", "--grace", "soon"], "--grace: must be from 0 to"),
+        (["x", "--max-body", "0"], "--max-body: must be from 1 to"),
+        (["x", "--max-body", "4096"], "--max-body: must be from 1 to"),
+        (["x", "--max-requests", "-5"], "--max-requests: must be from 1 to"),
+        ([""], "'' is no directory of versions"),
+        ([__file__], "is no directory of versions"),
     ],
 )
 def test_wrong_usage(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,6 +144,13 @@ def test_wrong_usage(arguments: list[str], text: str, capsys: pytest.CaptureFixt
         cli.main(["serve", *arguments])
     assert info.value.code == cli.USAGE
     assert text in capsys.readouterr().err
+
+
+def test_a_package_is_no_directory_of_versions(models: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as info:
+        cli.main(["serve", str(models / "half" / "1")])
+    assert info.value.code == cli.USAGE
+    assert "is a package itself, and not a directory of versions" in capsys.readouterr().err
 
 
 def test_a_port_that_another_has(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,6 +178,13 @@ def test_extras_that_are_missing(tmp_path: pathlib.Path) -> None:
     assert done.returncode == cli.BAD
     assert 'pip install "obmlite[serve]"' in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("module", "missing"), [("asgi", "starlette"), ("server", "uvicorn")])
+def test_a_module_names_its_extra(module: str, missing: str) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None; import obmlite.serving.{module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "pip install 'obmlite[serve]'" in done.stderr
 
 
 def test_grpc_beside_it(models: pathlib.Path) -> None:

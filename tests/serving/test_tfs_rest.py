@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("starlette")
 
+import obmlite
 from obmlite.serving import _json, _json_arrays
 from obmlite.serving.asgi import build_app
 from obmlite.serving.status import Code, ServingError
@@ -197,6 +198,19 @@ def test_cors_where_it_is_asked_for(repository: Any, new_client: Any) -> None:
     assert asked("OPTIONS", "/v1/models/half:predict", Origin="http://good.example", **preflight).status_code == 200
     refused = asked("OPTIONS", "/v1/models/half:predict", Origin="http://evil.example", **preflight)
     assert "access-control-allow-origin" not in refused.headers
+    # A browser sends a plain POST without asking first.
+    assert asked("POST", "/v2/repository/models/half/unload", Origin="http://evil.example").status_code == 403
+    assert asked("POST", "/v1/models/half:predict", {"instances": [1]}, Origin="http://testserver").status_code == 200
+    everyone = new_client(build_app(repository, cors=["*"]))
+    reply = everyone("POST", "/v1/models/half:predict", {"instances": [1]}, Origin="http://evil.example")
+    assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (200, "*")
+
+
+@pytest.mark.parametrize("origin", ["example.org", "https://example.org/", "", "https://"])
+def test_what_is_no_origin(repository: Any, origin: str) -> None:
+    with pytest.raises(obmlite.ArgumentError) as caught:
+        build_app(repository, cors=[origin])
+    assert caught.value.field == "cors"
 
 
 # --- status and metadata
