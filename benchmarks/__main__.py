@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 
-from benchmarks import calls, report
+from benchmarks import calls, report, verifying
 from benchmarks.contenders import BUDGET, CONTENDERS, available, remove
 from benchmarks.layouts import DEVICES
 from benchmarks.measure import Job, Measured, measure
@@ -167,6 +167,28 @@ class Bench:
         self._clean("many")
         return _ordered(section, names)
 
+    def verify(self) -> Section:
+        """Opening a package, and comparing more or less of it with its digests."""
+        self._files(["obmlite"], "large")
+        small = os.path.join(self._directory, "obmlite-small")
+        measure(Job("save", "obmlite", "large", 0.001, small))
+        peer, lazy = list(verifying.KINDS)[-1], 'obmlite, verify="structure"'
+        section = Section(
+            f'Open, with verify="all" where nothing else is said: {self._what("large")}',
+            [
+                Goal(f"at 90 % of the rate of {peer}, at the least", lambda s: s.seconds(peer) >= 0.9 * s.seconds()),
+                Goal('verify="structure" below 5 ms', lambda s: s.seconds(lazy) < 0.005),
+            ],
+        )
+        for number in range(2 * self._rounds - 1):
+            _read(self._path("obmlite", "large"))
+            found = verifying.in_child("large", self._size, self._path("obmlite", "large"), small, number)
+            for title in verifying.KINDS:
+                _add(section, title, Measured(found[title], None, None, {}))
+        remove(small)
+        self._clean("large")
+        return section
+
     def imports(self) -> Section:
         """What an import costs that comes after those of jax and numpy."""
         names = self._chosen(list(_IMPORT))
@@ -307,6 +329,7 @@ _CASES = {
     "sharded": lambda bench: bench.sharded(),
     "small": lambda bench: bench.small(),
     "list": lambda bench: [bench.list()],
+    "verify": lambda bench: [bench.verify()],
     "import": lambda bench: [bench.imports()],
     "calls": lambda bench: bench.calls(),
     "first": lambda bench: bench.first(),
