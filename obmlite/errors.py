@@ -28,7 +28,7 @@ __all__ = [
     "UnsupportedFormatError",
 ]
 
-MAX_FACT = 1000
+MAX_FACT = 4000
 """Characters of one fact in an error's text, which a package of a stranger may have filled; attributes have it all."""
 
 _FACTS = ("package", "object", "leaf", "field", "expected", "found", "fix")

@@ -138,6 +138,7 @@ def test_mnist_without_training_uses_the_highest_version(mnist):
     assert (directory / "mnist.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+@pytest.mark.long
 def test_reuse(tmp_path):
     texts, trained = {}, {}
     for name, arguments in {"frozen": ["--model", "flax"], "finetuned": ["--finetune"]}.items():
@@ -164,6 +165,7 @@ def test_reuse(tmp_path):
         assert equal == [name == "frozen"] * len(equal)
 
 
+@pytest.mark.long
 def test_serving_pipeline(tmp_path):
     done = run("-W", "error", EXAMPLES / "serving_pipeline.py", "--out", "out", "--steps", 30, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

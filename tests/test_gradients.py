@@ -486,6 +486,7 @@ print("fine")
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ENGINES)
 def test_on_eight_devices(engine: str, second: pathlib.Path) -> None:
     environment = {

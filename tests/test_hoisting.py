@@ -663,6 +663,7 @@ with jax.set_mesh(mesh):
 """
 
 
+@pytest.mark.long
 def test_eight_devices(tmp_path: pathlib.Path) -> None:
     script = tmp_path / "devices.py"
     script.write_text(DEVICES)

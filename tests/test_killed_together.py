@@ -122,7 +122,7 @@ def generation(path):
 
 
 @pytest.mark.parametrize("replacing", [True, False])
-@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("every", [24, pytest.param(1, marks=pytest.mark.long)])
 def test_each_process_in_turn(tmp_path, replacing, every):
     old = None
     if replacing:

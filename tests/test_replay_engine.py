@@ -46,7 +46,9 @@ def function(tmp_path_factory: pytest.TempPathFactory) -> obmlite.Function:
 # --- networks
 
 
-@pytest.mark.parametrize("name", ["cnn", "transformer", "dropout", "lstm", "closure"])
+@pytest.mark.parametrize(
+    "name", ["cnn", "closure", *(pytest.param(n, marks=pytest.mark.long) for n in ("transformer", "dropout", "lstm"))]
+)
 def test_networks(name: str, tmp_path: pathlib.Path) -> None:
     """Without its source and its saved VJP: results to the bit, gradients, and no more work than the original's."""
     network = networks.ALL[name]()

@@ -107,15 +107,19 @@ LONG = (
     "tests/replay/test_conformance.py",
     "tests/replay/test_old_artifacts.py",
     "tests/replay/test_replay.py",
+    "tests/test_broadcasting.py",
     "tests/test_captures.py",
     "tests/test_export_cases.py",
     "tests/test_gradients.py",
     "tests/test_hoisting.py",
+    "tests/test_multihost.py",
     "tests/test_networks.py",
+    "tests/test_replay_engine.py",
     "tests/test_reproducible.py",
     "tests/test_saving.py",
     "tests/test_transformations.py",
     "tests/test_untrusted.py",
+    "tests/test_verify_levels.py",
 )
 
 

@@ -17,7 +17,11 @@ def test_every_example_is_here() -> None:
     assert {path.stem for path in EXAMPLES.glob("with_*.py")} == {f"with_{name}" for name in NEEDS}
 
 
-@pytest.mark.parametrize("name", NEEDS)
+# What the others do is in the files of their frameworks, too.
+LONG = ("haiku", "equinox", "optax")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] if n in LONG else []) for n in NEEDS])
 def test_example(name: str, tmp_path: pathlib.Path) -> None:
     if importlib.util.find_spec(NEEDS[name]) is None:
         pytest.skip(f"{NEEDS[name]} is not installed here")

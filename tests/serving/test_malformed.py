@@ -254,7 +254,7 @@ def alive(server: Server) -> None:
         ((b"GET / HTTP/1.1\r\n\r\n",), {}, 400),  # no Host
         ((HEAD + b"Content-Length: x\r\n\r\n",), {}, 400),
         ((HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n{}",), {}, 400),
-        ((HEAD + b"A" * 100_000,), {}, 400),
+        ((HEAD + b"A" * 100_000,), {}, 431),
         ((HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",), {}, 400),
         ((HEAD + b"Content-Length: 100\r\n\r\n{",), {"close": True}, 400),  # cut off
         ((HEAD[:20],), {"close": True}, 400),

@@ -10,6 +10,7 @@ import pytest
 import obmlite
 from obmlite import signing
 from obmlite.serving import All, Code, Latest, ModelConfig, ServingError, Specific, State
+from obmlite.serving import manager as manager_module
 from obmlite.serving.manager import Manager
 from obmlite.serving.observer import Silent
 from tests.serving.packages import file_of, flip, rows, save
@@ -525,11 +526,12 @@ def test_unwanted_until_it_is_wanted(add, manage):
     assert factor(manager) == 1
 
 
-def test_only_the_last_of_those_that_are_gone_are_listed(add, base, packages, manage):
+def test_only_the_last_of_those_that_are_gone_are_listed(add, base, packages, manage, monkeypatch):
+    monkeypatch.setattr(manager_module, "_PAST", 3)
     manager = manage(warmup=False)
-    for number in range(1, 21):
+    for number in range(1, 8):
         shutil.copytree(packages / "1", base / str(number))
         manager.look()
         shutil.rmtree(base / str(number))
-    assert len(manager.statuses()) < 19
-    assert manager.available() == [20]
+    assert len(manager.statuses()) < 6
+    assert manager.available() == [7]

@@ -226,6 +226,7 @@ def resident():
         return int(file.read().split()[1]) * 4096
 
 
+@pytest.mark.long
 def test_memory_stays_flat_over_versions(tmp_path, serve):
     """Weights of 16 MiB, compiled programs and all: of ten versions one is left."""
     width = 2048
