@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from obmlite.errors import ArgumentError
 from obmlite.io.commit import MANIFEST
 from obmlite.serving import config
@@ -178,6 +180,8 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser, printable
             say(f"{model.name}: {model.base_path}, {model.policy}")
         say(f"listening at {server.url}{f', gRPC at {server.grpc_address}' if server.grpc_address else ''}")
 
+    # Each call is waited for: to hand it to another thread, as JAX does on CPUs, takes as long as a small model's call.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     # What was imported stays, and later collections need not look at it. This comes before anything is loaded: models
     # are in cycles of references, and those that are frozen are never collected.
     gc.collect()

@@ -9,7 +9,6 @@ extension_model_repository.md.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +23,7 @@ from obmlite.serving._elements import checked_shape, from_bytes, to_bytes
 from obmlite.serving._inference import PLATFORM, SERVER, STATES, datatype, version_number
 from obmlite.serving._json import Array, Document, invalid, shown
 from obmlite.serving._json_arrays import parse_tensor
-from obmlite.serving._requests import PathRoute, Service, json_response
+from obmlite.serving._requests import Answer, CallRoute, Incoming, PathRoute, Service, json_response
 from obmlite.serving.interface import Interface, TensorInfo
 from obmlite.serving.metrics import Metrics
 from obmlite.serving.servable import Servable, State
@@ -34,6 +33,7 @@ __all__ = ["HEADER", "routes"]
 HEADER = "Inference-Header-Content-Length"
 """The header that has the bytes of JSON before a body's tensors."""
 
+_HEADER = HEADER.lower().encode()
 _LARGEST = 1 << 48  # bytes that a shape may claim: the body has as many, or it is refused
 _MODEL = r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?"
 
@@ -42,7 +42,7 @@ def routes(service: Service, metrics: Metrics) -> list[BaseRoute]:
     """The routes of the protocol."""
     api = _Api(service, metrics)
     return [
-        PathRoute("POST", rf"{_MODEL}/infer", api.infer),
+        CallRoute(rf"{_MODEL}/infer", api.infer),
         PathRoute("GET", r"/v2/?", api.server),
         PathRoute("GET", r"/v2/health/live", api.live),
         PathRoute("GET", r"/v2/health/ready", api.ready),
@@ -74,14 +74,14 @@ class _Api:
 
     async def model_ready(self, request: Request) -> Response:
         """``GET v2/models/M/ready``."""
-        name, version = _model(request)
+        name, version = _model(request.path_params)
         self._service.repository.status(name)  # raises for a model that is not known
         ready = self._service.repository.model_ready(name, version)
         return json_response({"name": name, "ready": ready}, 200 if ready else 400)
 
     async def model(self, request: Request) -> Response:
         """``GET v2/models/M``."""
-        name, version = _model(request)
+        name, version = _model(request.path_params)
         repository = self._service.repository
         versions = [str(s.version) for s in repository.status(name) if s.state is State.AVAILABLE]
         with repository.acquire(name, version) as servable:
@@ -98,7 +98,7 @@ class _Api:
 
     async def index(self, request: Request) -> Response:
         """``POST v2/repository/index``."""
-        async with self._service.body(request) as body:
+        async with self._service.body(dict(request.scope["headers"]), request.receive) as body:
             asked = _parameters(body)
         repository = self._service.repository
         rows = [
@@ -110,7 +110,7 @@ class _Api:
 
     async def load(self, request: Request) -> Response:
         """``POST v2/repository/models/M/load``."""
-        async with self._service.body(request) as body:
+        async with self._service.body(dict(request.scope["headers"]), request.receive) as body:
             if _parameters(body).get("parameters"):
                 raise invalid("A model is loaded as it is configured; 'parameters' cannot be given.")
         await self._service.in_thread(lambda: self._service.repository.load(request.path_params["name"]))
@@ -118,18 +118,18 @@ class _Api:
 
     async def unload(self, request: Request) -> Response:
         """``POST v2/repository/models/M/unload``."""
-        async with self._service.body(request) as body:
+        async with self._service.body(dict(request.scope["headers"]), request.receive) as body:
             _parameters(body)
         await self._service.in_thread(lambda: self._service.repository.unload(request.path_params["name"]))
         return json_response({})
 
-    async def infer(self, request: Request) -> Response:
+    async def infer(self, request: Incoming) -> Answer:
         """``POST v2/models/M/infer``."""
         begun = time.perf_counter()
-        name, version = _model(request)
+        name, version = _model(request.parameters)
         repository = self._service.repository
-        length = request.headers.get(HEADER)
-        async with self._service.body(request) as body:
+        length = request.headers.get(_HEADER)
+        async with self._service.body(request.headers, request.receive) as body:
             with repository.acquire(name, version) as servable:
                 json_size = _json_size(body, length)
                 answer, size = await self._service.run(
@@ -141,21 +141,21 @@ class _Api:
                 )
         self._metrics.answered(name, "Infer", "REST", time.perf_counter() - begun)
         if size is None:
-            return Response(answer, media_type="application/json")
-        return Response(answer, 200, {HEADER: str(size)}, "application/octet-stream")
+            return Answer(answer, [(b"content-type", b"application/json")])
+        return Answer(answer, [(_HEADER, b"%d" % size), (b"content-type", b"application/octet-stream")])
 
 
-def _model(request: Request) -> tuple[str, int | None]:
+def _model(parts: Mapping[str, str]) -> tuple[str, int | None]:
     """The model and version of a path."""
-    name, version = request.path_params["name"], request.path_params.get("version")
+    name, version = parts["name"], parts.get("version")
     return name, None if version is None else version_number(name, version)
 
 
-def _json_size(body: bytes, header: str | None) -> int:
+def _json_size(body: bytes, header: bytes | None) -> int:
     if header is None:
         return len(body)
-    if not re.fullmatch(r"[0-9]{1,18}", header) or int(header) > len(body):
-        raise invalid(f"{HEADER} is no number of bytes that the body has: {header[:40]}")
+    if not header.isdigit() or len(header) > 18 or int(header) > len(body):
+        raise invalid(f"{HEADER} is no number of bytes that the body has: {header[:40].decode('latin-1')}")
     return int(header)
 
 

@@ -1,7 +1,8 @@
 """What the protocols over HTTP share: paths, bodies within limits, calls beside the event loop, errors as JSON.
 
 A call of a small model takes less time than handing it to a thread, so calls whose last ones were quick run on the
-event loop; all others, and whatever belongs to a large body, run in a pool of threads.
+event loop; all others, and whatever belongs to a large body, run in a pool of threads. For the same reason calls have
+routes of their own, :class:`CallRoute`, which go without Starlette's objects for a request and its answer.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import time
+import types
 import zlib
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable, Mapping
 from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
@@ -29,7 +32,7 @@ from obmlite.serving import _json
 from obmlite.serving.repository import Repository
 from obmlite.serving.status import Code, ServingError
 
-__all__ = ["Limits", "PathRoute", "Service", "error_response", "json_response"]
+__all__ = ["Answer", "CallRoute", "Incoming", "Limits", "PathRoute", "Service", "error_response", "json_response"]
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -41,6 +44,9 @@ _LARGE_BODY = 64 << 10
 
 _QUICK = 0.001
 """Seconds within which a call may hold up the event loop: a few times what it costs to use a thread."""
+
+_SHORT = 256
+"""Characters of paths whose parameters are kept."""
 
 _KEPT = 1024
 """Shapes of calls whose times are kept."""
@@ -86,16 +92,16 @@ class PathRoute(BaseRoute):
     """
 
     def __init__(self, method: str, pattern: str, endpoint: Callable[[Request], Awaitable[Response]]) -> None:
-        self.method, self.pattern, self.endpoint = method, re.compile(pattern), endpoint
+        self.method, self._endpoint = method, endpoint
+        self.parameters = functools.partial(_parameters, re.compile(pattern))
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         """Whether a request is for this route, or would be with another method."""
         if scope["type"] != "http":
             return Match.NONE, {}
-        found = self.pattern.fullmatch(raw_path(scope))
-        if found is None:
+        parameters = self.parameters(raw_path(scope))
+        if parameters is None:
             return Match.NONE, {}
-        parameters = {name: _unquoted(text) for name, text in found.groupdict().items() if text is not None}
         whole = Match.FULL if not self.method or scope["method"] == self.method else Match.PARTIAL
         return whole, {"path_params": parameters}
 
@@ -103,8 +109,75 @@ class PathRoute(BaseRoute):
         """Answers, or refuses the method."""
         if self.method and scope["method"] != self.method:
             raise HTTPException(405, f"Method not allowed: {scope['method']}", {"Allow": self.method})
-        response = await self.endpoint(Request(scope, receive, send))
+        await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await self._endpoint(Request(scope, receive, send))
         await response(scope, receive, send)
+
+
+@dataclasses.dataclass(slots=True)
+class Incoming:
+    """A request, as much of it as a call needs.
+
+    Attributes:
+      parameters: of the path.
+      headers: by their names in lower case.
+      receive: gives ASGI's messages with the body.
+    """
+
+    parameters: Mapping[str, str]
+    headers: Mapping[bytes, bytes]
+    receive: Receive
+
+
+@dataclasses.dataclass(slots=True)
+class Answer:
+    """What a call gives.
+
+    Attributes:
+      body: of the response.
+      headers: beside its length.
+    """
+
+    body: bytes
+    headers: list[tuple[bytes, bytes]]
+
+    async def send(self, send: Send) -> None:
+        """Sends it."""
+        headers = [*self.headers, (b"content-length", b"%d" % len(self.body))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": self.body})
+
+
+class CallRoute(PathRoute):
+    """A route to a call, which goes without Starlette where it can.
+
+    Attributes:
+      parameters: gives a path's, or None where the route is for others.
+      call: answers.
+    """
+
+    def __init__(self, pattern: str, call: Callable[[Incoming], Awaitable[Answer]]) -> None:
+        self.method, self.call = "POST", call
+        self.parameters = functools.partial(_parameters, re.compile(pattern))
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = await self.call(Incoming(scope["path_params"], dict(scope["headers"]), receive))
+        await answer.send(send)
+
+
+def _parameters(pattern: re.Pattern[str], path: str) -> Mapping[str, str] | None:
+    """A path's parameters; None where it does not match."""
+    return (_short_parameters if len(path) <= _SHORT else _all_parameters)(pattern, path)
+
+
+def _all_parameters(pattern: re.Pattern[str], path: str) -> Mapping[str, str] | None:
+    found = pattern.fullmatch(path)
+    return found and {name: _unquoted(text) for name, text in found.groupdict().items() if text is not None}
+
+
+_short_parameters = functools.lru_cache(1024)(_all_parameters)  # clients ask the same paths again and again
 
 
 def raw_path(scope: Scope) -> str:
@@ -141,13 +214,13 @@ class Service:
         """Ends the threads; nobody waits for their calls any more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def body(self, request: Request) -> Body:
+    def body(self, headers: Mapping[bytes, bytes], receive: Receive) -> Body:
         """A request's body, for an ``async with`` block; it counts against the limits until the block ends.
 
         Raises:
           HTTPException: 400, 408, 413, 415 or 429.
         """
-        return Body(self, request)
+        return Body(self, headers, receive)
 
     async def run(
         self,
@@ -204,18 +277,17 @@ class Service:
 class Body:
     """A request's body while it is worked on."""
 
-    def __init__(self, service: Service, request: Request) -> None:
-        self._service, self._request, self._held = service, request, 0
+    def __init__(self, service: Service, headers: Mapping[bytes, bytes], receive: Receive) -> None:
+        self._service, self._headers, self._receive, self._held = service, headers, receive, 0
 
     async def __aenter__(self) -> bytes:
-        limits, request = self._service.limits, self._request
-        declared = request.headers.get("content-length", "")
-        if declared.isdecimal() and (len(declared) > 18 or int(declared) > limits.body_bytes):
+        limits, headers = self._service.limits, self._headers
+        declared = headers.get(b"content-length", b"")
+        if declared.isdigit() and (len(declared) > 18 or int(declared) > limits.body_bytes):
             raise _too_large(limits.body_bytes)
         try:
-            async with asyncio.timeout(limits.body_seconds):
-                body = await self._read(limits)
-            coding = request.headers.get("content-encoding", "identity").lower()
+            body = await _within(limits.body_seconds, self._read(limits))
+            coding = headers.get(b"content-encoding", b"identity").decode("latin-1").lower()
             if coding != "identity":
                 packed = body
                 body = await self._service.in_thread(lambda: _unpacked(packed, coding, limits.body_bytes))
@@ -246,7 +318,7 @@ class Body:
         chunks: list[bytes] = []
         more = True
         while more:
-            message = await self._request.receive()
+            message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise HTTPException(400, "The body is not complete.")
             chunk, more = message.get("body", b""), message.get("more_body", False)
@@ -256,6 +328,53 @@ class Body:
             if chunk:
                 chunks.append(chunk)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+@types.coroutine
+def _within(seconds: float, work: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
+    """What a coroutine gives within a time.
+
+    A body is mostly there with its head, and ``asyncio.timeout`` takes a third as long as a small model's call: time
+    is kept only once the coroutine has to wait.
+
+    Raises:
+      TimeoutError: it takes longer.
+    """
+    try:
+        awaited = work.send(None)
+    except StopIteration as done:
+        found: T = done.value
+        return found
+    return (yield from _timed(seconds, work, awaited))
+
+
+def _timed(seconds: float, work: Coroutine[Any, Any, T], awaited: Any) -> Generator[Any, Any, T]:
+    task, late = asyncio.current_task(), False
+    assert task is not None
+
+    def end() -> None:
+        nonlocal late
+        late = True
+        task.cancel()
+
+    timer = asyncio.get_running_loop().call_later(seconds, end)
+    try:
+        while True:
+            try:
+                step = functools.partial(work.send, (yield awaited))
+            except BaseException as error:  # noqa: BLE001 - is the coroutine's
+                step = functools.partial(work.throw, error)
+            awaited = step()
+    except StopIteration as done:
+        found: T = done.value
+        return found
+    except asyncio.CancelledError:
+        if not late or task.uncancel():  # others want it to end, too
+            raise
+        raise TimeoutError from None
+    finally:
+        work.close()
+        timer.cancel()
 
 
 def _too_large(largest: int) -> HTTPException:

@@ -19,7 +19,7 @@ from starlette.routing import BaseRoute
 from obmlite.serving import _json
 from obmlite.serving._json import Array, Document, invalid, shown
 from obmlite.serving._json_arrays import first_fault, is_base64, parse_array
-from obmlite.serving._requests import PathRoute, Service, json_response, raw_path
+from obmlite.serving._requests import Answer, CallRoute, Incoming, PathRoute, Service, json_response, raw_path
 from obmlite.serving.interface import Interface, TensorInfo
 from obmlite.serving.metrics import Metrics
 from obmlite.serving.servable import Servable
@@ -40,7 +40,7 @@ def routes(service: Service, metrics: Metrics) -> list[BaseRoute]:
     """The routes of the API, predictions first; the last one takes whatever else begins with ``/v1``."""
     api = _Api(service, metrics)
     return [
-        PathRoute("POST", _PREDICT, api.predict),
+        CallRoute(_PREDICT, api.predict),
         PathRoute("GET", _STATUS, api.describe),
         PathRoute("", r"(?i:/v1)(?:/.*)?", _malformed),
     ]
@@ -59,14 +59,14 @@ class _Api:
     def __init__(self, service: Service, metrics: Metrics) -> None:
         self._service, self._metrics = service, metrics
 
-    async def predict(self, request: Request) -> Response:
+    async def predict(self, request: Incoming) -> Answer:
         """``POST …:predict``."""
         begun = time.perf_counter()
-        name, version, label = _model(request)
+        name, version, label = _model(request.parameters)
         repository = self._service.repository
-        async with self._service.body(request) as body:
+        async with self._service.body(request.headers, request.receive) as body:
             with repository.acquire(name, version, label) as servable:
-                verb = request.path_params["verb"].lower()
+                verb = request.parameters["verb"].lower()
                 if verb != "predict":
                     raise invalid(
                         f"Expected {verb} signature method_name to be tensorflow/serving/{verb}. "
@@ -80,13 +80,13 @@ class _Api:
                     waits=repository.configs[name].batching is not None,
                 )
         self._metrics.answered(name, "Predict", "REST", time.perf_counter() - begun)
-        return Response(answer, media_type="application/json")
+        return Answer(answer, [(b"content-type", b"application/json")])
 
     async def describe(self, request: Request) -> Response:
         """``GET /v1/models/NAME…``: status, or metadata."""
         if "name" not in request.path_params:
             raise invalid("Missing model name in request.")
-        name, version, label = _model(request)
+        name, version, label = _model(request.path_params)
         if "metadata" in request.path_params:
             with self._service.repository.acquire(name, version, label) as servable:
                 return json_response(metadata(servable))
@@ -105,8 +105,7 @@ class _Api:
         )
 
 
-def _model(request: Request) -> tuple[str, int | None, str | None]:
-    parts = request.path_params
+def _model(parts: Mapping[str, str]) -> tuple[str, int | None, str | None]:
     text = parts.get("version")
     version = None if text is None or len(text) > 40 else int(text)
     if text is not None and (version is None or version > _MAX_VERSION):

@@ -24,7 +24,7 @@ except ModuleNotFoundError as error:
 
 from obmlite.errors import ArgumentError, ObmliteError
 from obmlite.serving import _oip_rest, _page, _tfs_rest, metrics
-from obmlite.serving._requests import Limits, PathRoute, Service, error_response
+from obmlite.serving._requests import Answer, CallRoute, Incoming, Limits, PathRoute, Service, error_response
 from obmlite.serving.repository import Repository
 from obmlite.serving.status import ServingError
 
@@ -82,7 +82,8 @@ def build_app(
         allow_headers=("*",),
         expose_headers=(_oip_rest.HEADER,),
     )
-    return Starlette(
+    return _App(
+        [route for route in (infer, predict) if isinstance(route, CallRoute)],
         routes=routes,
         middleware=[*([sharing] if cors else []), *([] if "*" in cors else [Middleware(_SameOrigin, also=cors)])],
         exception_handlers=_HANDLERS,
@@ -131,6 +132,40 @@ class _SameOrigin:
                 await refused(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+class _App(Starlette):
+    """Starlette's application, around which calls go: to be passed on takes it as long as a small model's call."""
+
+    def __init__(self, calls: Sequence[CallRoute], **options: Any) -> None:
+        super().__init__(**options)
+        self._calls = calls
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and not scope.get("root_path"):
+            try:
+                answer = await self._called(scope, receive)
+            except Exception as error:
+                handler = next(_HANDLERS[kind] for kind in type(error).__mro__ if kind in _HANDLERS)
+                await (await handler(Request(scope), error))(scope, receive, send)
+                if handler is _unexpected_error:
+                    raise  # for the server's log
+                return
+            if answer is not None:
+                await answer.send(send)
+                return
+        await super().__call__(scope, receive, send)
+
+    async def _called(self, scope: Scope, receive: Receive) -> Answer | None:
+        path = scope.get("raw_path") or b""
+        for route in self._calls:
+            parameters = route.parameters(path.decode("latin-1"))
+            if parameters is not None:
+                headers = dict(scope["headers"])
+                if b"origin" in headers:  # which is the middleware's
+                    return None
+                return await route.call(Incoming(parameters, headers, receive))
+        return None
 
 
 # --- errors: always {"error": "…"}, never a traceback

@@ -51,6 +51,8 @@ class Interface:
         self._positional = ArgumentKind.KEYWORD_ONLY not in kinds and all(
             tree.kinds[node] == trees.Kind.LEAF for node in tree.children(0)
         )
+        # The same for results.
+        self._single = self._signature.outputs.kinds[0] == trees.Kind.LEAF
         self.inputs: Mapping[str, TensorInfo] = self._inputs.inputs
         self.outputs: Mapping[str, TensorInfo] = self._inputs.outputs
         self.batch_sizes = self._inputs.batch_sizes
@@ -103,7 +105,9 @@ class Interface:
         """Zeros that it takes, for each signature for which some are found; none where it takes texts."""
         return self._inputs.zeros()
 
-    def run(self, inputs: Mapping[str, Array], output_filter: Collection[str] = ()) -> dict[str, Array]:
+    def run(
+        self, inputs: Mapping[str, Array], output_filter: Collection[str] = (), plan: Plan | None = None
+    ) -> dict[str, Array]:
         """Calls the pipeline.
 
         A batch of a size between fixed ones is filled up with copies of its last row, a larger one is run in parts.
@@ -111,6 +115,7 @@ class Interface:
         Args:
           inputs: by name, with the dtypes of :attr:`inputs`; of PRNG keys their data, of texts arrays of bytes.
           output_filter: names of outputs; all of them if empty.
+          plan: what :meth:`check` gave for them, if they were checked before.
 
         Returns:
           The outputs by name, in host memory; they may be read-only.
@@ -118,7 +123,8 @@ class Interface:
         Raises:
           ServingError: ``INVALID_ARGUMENT`` for inputs that do not fit; or the call failed.
         """
-        plan = self.check(inputs, output_filter)
+        if plan is None:
+            plan = self.check(inputs, output_filter)
         try:
             if not plan.sizes:
                 return self._call(inputs, output_filter)
@@ -148,6 +154,8 @@ class Interface:
         else:
             args, kwargs = self._signature.spread(self._signature.inputs.unflatten(leaves))
             result = self._pipeline(*args, **kwargs)
+        if self._single:
+            return dict(zip(self.outputs, to_host([result]), strict=True))
         named = dict(zip(self.outputs, jax.tree.leaves(result), strict=True))
         names = list(output_filter or named)
         return dict(zip(names, to_host([named[name] for name in names]), strict=True))

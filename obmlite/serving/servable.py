@@ -216,11 +216,12 @@ class Servable:
         code, rows = Code.OK, None
         try:
             interface = self.interface(signature)
-            rows = interface.check(inputs, output_filter).rows
+            plan = interface.check(inputs, output_filter)
+            rows = plan.rows
             batcher = self._batchers.get(signature or self.default)
             if batcher is not None:
                 return batcher.run(inputs, output_filter, timeout)
-            return interface.run(inputs, output_filter)
+            return interface.run(inputs, output_filter, plan)
         except ServingError as error:
             code = error.code
             raise

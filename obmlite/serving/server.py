@@ -89,6 +89,7 @@ class Server:
                 log_config=None,  # how a program logs is its own matter
                 log_level="error",  # below it, each line that is no HTTP
                 server_header=False,
+                proxy_headers=False,  # nobody asks where a request is from
                 timeout_graceful_shutdown=max(1, int(grace)),
                 timeout_keep_alive=75,
             )

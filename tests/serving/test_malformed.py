@@ -274,6 +274,145 @@ def test_over_a_socket(server: Server, parts: tuple[bytes, ...], options: Any, s
     alive(server)
 
 
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+EMPTY = b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        # two lengths of one body: proxies take either
+        HEAD + b"Content-Length: 1\r\nContent-Length: 1\r\n\r\n1",
+        HEAD + b"Content-Length: 1, 1\r\n\r\n1",
+        HEAD + b"Content-Length: +1\r\n\r\n1",
+        HEAD + b"Content-Length: -1\r\n\r\n1",
+        HEAD + b"Content-Length:\r\n\r\n",
+        HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n" + EMPTY,
+        HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n" + EMPTY,
+        # codings that not all know, or that some overlook
+        HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + EMPTY,
+        HEAD + b"Transfer-Encoding: chunked, identity\r\n\r\n" + EMPTY,
+        HEAD + b"Transfer-Encoding: identity\r\nTransfer-Encoding: chunked\r\n\r\n" + EMPTY,
+        HEAD + b"Transfer-Encoding: xchunked\r\n\r\n" + EMPTY,
+        HEAD + b"Transfer-Encoding : chunked\r\n\r\n" + EMPTY,
+        HEAD + b"Transfer-Encoding:\r\n chunked\r\n\r\n" + EMPTY,
+        HEAD.replace(b"1.1", b"1.0") + b"Transfer-Encoding: chunked\r\n\r\n" + EMPTY,
+        # lines that end another way, go on, or hold what none may
+        HEAD.replace(b"\r\n", b"\n") + b"\n",
+        HEAD + b"A: b\nContent-Length: 5\r\n\r\n",
+        HEAD + b"A: b\rContent-Length: 5\r\n\r\n",
+        HEAD + b"A: b\r\n c\r\n\r\n",
+        HEAD + b"A: b\0c\r\n\r\n",
+        HEAD + b"A\x01: b\r\n\r\n",
+        HEAD + b": b\r\n\r\n",
+        # chunks
+        CHUNKED + b"1\n1\n0\n\n",
+        CHUNKED + b"1 \r\n1\r\n" + EMPTY,
+        CHUNKED + b"0x1\r\n1\r\n" + EMPTY,
+        CHUNKED + b"-1\r\n1\r\n" + EMPTY,
+        CHUNKED + b"1\r\n123\r\n" + EMPTY,
+        CHUNKED + b"1;a\nb\r\n1\r\n" + EMPTY,
+        CHUNKED + b"f" * 17 + b"\r\n1\r\n" + EMPTY,
+        # hosts, versions and methods
+        HEAD + b"Host: y\r\n\r\n",
+        b"GET /v2 HTTP/2.0\r\nHost: x\r\n\r\n",
+        b"GET /v2\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /v2/\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+    ],
+)
+def test_what_can_be_read_in_several_ways(server: Server, head: bytes) -> None:
+    """It is refused, and what follows on the connection is never taken for a request."""
+    replies = all_of(server, head + b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert re.findall(rb"HTTP/1.1 (\d+)", replies) == [b"400"], replies
+    assert b'{"error":' in replies
+    alive(server)
+
+
+def all_of(server: Server, *parts: bytes) -> bytes:
+    """All that is answered until the server closes the connection; where it does not, a second passes."""
+    host, port = server.url.removeprefix("http://").split(":")
+    data = b""
+    with socket.create_connection((host, int(port)), timeout=1) as own:
+        for part in parts:
+            own.sendall(part)
+        try:
+            while more := own.recv(65536):
+                data += more
+        except TimeoutError:
+            pass
+    return data
+
+
+BODY = b'{"instances": [1]}'
+LAST = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY,
+        # another protocol is offered, as Java's client does: body and connection stay what they are
+        HEAD + b"Connection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY,
+        HEAD
+        + b"Connection: upgrade\r\nUpgrade: websocket\r\nTransfer-Encoding: chunked\r\n\r\n12\r\n"
+        + BODY
+        + b"\r\n0\r\n\r\n",
+        # a trailer is no header
+        CHUNKED + b"12\r\n" + BODY + b"\r\n0\r\nContent-Encoding: gzip\r\n\r\n",
+        CHUNKED + b"12;extension=1\r\n" + BODY + b"\r\n0\r\n\r\n",
+    ],
+)
+def test_requests_ahead_of_their_answers(server: Server, request_: bytes) -> None:
+    """They are answered one after the other, whole or byte by byte."""
+    replies = all_of(server, request_ * 3 + LAST)
+    assert replies.count(b'{"predictions":[2.5]}') == 3, replies
+    assert replies.endswith(b'{"live":true}')
+    pieces = request_ + LAST
+    replies = all_of(server, *(pieces[n : n + 1] for n in range(len(pieces))))
+    assert replies.count(b'{"predictions":[2.5]}') == 1, replies
+    assert replies.endswith(b'{"live":true}')
+
+
+def test_a_client_that_asks_before_it_sends_a_body(server: Server) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as own:
+        own.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(BODY))
+        assert own.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        own.sendall(BODY)
+        assert own.recv(65536).endswith(b'{"predictions":[2.5]}')
+
+
+def test_an_answer_without_a_body(server: Server) -> None:
+    """The head is sent, also where nothing comes behind it."""
+    replies = all_of(server, b"HEAD /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n" + LAST)
+    assert re.findall(rb"HTTP/1.1 (\d+)", replies) == [b"405", b"200"], replies
+
+
+def test_nonsense_behind_a_request(server: Server) -> None:
+    """The request is answered, the nonsense is not, and the connection ends."""
+    begun = time.monotonic()
+    replies = all_of(server, HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY + b"\x16\x03\x01\r\n\r\n")
+    assert re.findall(rb"HTTP/1.1 (\d+)", replies) == [b"200"]
+    assert time.monotonic() - begun < 0.9, "the connection stayed open"
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (HEAD + b"A: " + b"b" * 70_000 + b"\r\n\r\n", 431),
+        (HEAD + b"A: b\r\n" * 20_000 + b"\r\n", 431),
+        (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 431),
+        (CHUNKED + b"1;" + b"a" * 600_000, 431),
+        (CHUNKED + b"0\r\nA: " + b"b" * 600_000, 431),
+    ],
+)
+def test_what_is_no_body_is_bounded(server: Server, head: bytes, status: int) -> None:
+    assert talk(server, head)[0] == status
+    alive(server)
+
+
 def test_slow_clients_are_in_nobodys_way(server: Server) -> None:
     threads = [
         threading.Thread(target=talk, args=(server, HEAD + b"Content-Length: 9\r\n\r\n", b"1")) for _ in range(50)

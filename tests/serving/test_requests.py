@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("starlette")
 
+from starlette.exceptions import HTTPException
+
 from obmlite.serving import Repository
 from obmlite.serving._requests import Limits, Service
 from obmlite.serving.status import ServingError
@@ -88,3 +90,54 @@ def test_too_many_at_once() -> None:
     results = run(test, requests=2)
     assert [type(result) for result in results] == [bool, bool, ServingError, ServingError, ServingError]
     assert "Too many requests at once: 2." in str(results[-1])
+
+
+# --- bodies
+
+
+def body(service: Service, *chunks: tuple[float, bytes]) -> Coroutine[Any, Any, bytes]:
+    """A body that comes in chunks, each after some seconds."""
+    left = list(chunks)
+
+    async def receive() -> dict[str, Any]:
+        seconds, chunk = left.pop(0)
+        if seconds:
+            await asyncio.sleep(seconds)
+        return {"type": "http.request", "body": chunk, "more_body": bool(left)}
+
+    async def read() -> bytes:
+        async with service.body({}, receive) as whole:
+            return whole
+
+    return read()
+
+
+def test_bodies_come_in_time() -> None:
+    async def test(service: Service) -> None:
+        assert await body(service, (0, b"all")) == b"all"
+        assert await body(service, (0, b"a"), (0.01, b"l"), (0, b"l")) == b"all"
+        for parts in ([(5.0, b"a")], [(0.0, b"a"), (5.0, b"b")], [(0.07, b"a")] * 4):
+            begun = time.monotonic()
+            with pytest.raises(HTTPException, match="did not arrive within") as info:
+                await body(service, *parts)
+            assert info.value.status_code == 408
+            assert 0.1 < time.monotonic() - begun < 4
+        assert service.buffered == 0
+        task = asyncio.current_task()
+        assert task is not None
+        assert not task.cancelling()
+
+    run(test, body_seconds=0.2)
+
+
+def test_who_waits_for_a_body_can_be_cancelled() -> None:
+    async def test(service: Service) -> None:
+        waiting = asyncio.ensure_future(body(service, (0, b"a"), (5, b"b")))
+        await asyncio.sleep(0.01)
+        assert service.buffered == 1
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert service.buffered == 0
+
+    run(test)

@@ -206,6 +206,42 @@ def test_cors_where_it_is_asked_for(repository: Any, new_client: Any) -> None:
     assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (200, "*")
 
 
+def test_calls_are_the_same_with_and_without_starlette(repository: Any, new_client: Any) -> None:
+    """A call goes around it where nothing of it is needed: what it answers does not depend on that."""
+    import starlette.applications
+
+    own, body = build_app(repository), {"instances": [1]}
+    around = new_client(own)
+    mounted = starlette.applications.Starlette()
+    mounted.mount("/below", own)
+    below = new_client(mounted)
+    calls = [
+        ("/v1/models/half:predict", body, 200),
+        ("/v1/models/half:predict", b"{", 400),
+        ("/v1/models/none:predict", body, 404),
+        ("/v1/models/%FF:predict", body, 400),
+        ("/v1/models/half/versions/99999999999999999999:predict", body, 400),
+        ("/v2/models/half/infer", {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}]}, 200),
+        ("/v2/models/half/infer", {}, 400),
+        ("/v2/models/half/inferred", {}, 404),
+    ]
+    for path, sent, status in calls:
+        direct = around("POST", path, sent)
+        passed = around("POST", path, sent, Origin="http://testserver")
+        assert (direct.status_code, passed.status_code) == (status, status), path
+        assert (direct.content, direct.headers) == (passed.content, passed.headers)
+        if status == 200:
+            assert below("POST", f"/below{path}", sent).content == direct.content
+
+
+def test_what_nobody_expected_says_nothing(repository: Any, new_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = new_client(build_app(repository))
+    monkeypatch.setattr(repository, "acquire", lambda *_: 1 / 0)
+    for headers in ({}, {"Origin": "http://testserver"}):
+        reply = client("POST", "/v1/models/half:predict", {"instances": [1]}, **headers)
+        assert (reply.status_code, reply.json()) == (500, {"error": "Internal error."})
+
+
 @pytest.mark.parametrize("origin", ["example.org", "https://example.org/", "", "https://"])
 def test_what_is_no_origin(repository: Any, origin: str) -> None:
     with pytest.raises(obmlite.ArgumentError) as caught:
