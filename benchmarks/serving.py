@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import socket
@@ -315,7 +316,8 @@ def _ratios(figures: dict[str, Figures], others: Sequence[str]) -> Iterator[floa
     """Of obmlite's p50, time per request and processor time to what others take together."""
     for what in ("p50", "each", "cpu"):
         median = {kind: statistics.median(getattr(own, what)) for kind, own in figures.items()}
-        yield median["obmlite"] / sum(median[kind] for kind in others)
+        total = sum(median[kind] for kind in others)
+        yield median["obmlite"] / total if total else math.nan  # the clock of processor time ticks slowly
 
 
 def _markdown(title: str, heads: Sequence[str], rows: dict[Case, list[str]]) -> list[str]:
