@@ -112,6 +112,7 @@ def accuracy(text):
     return float(re.search(r"^accuracy on \d+ held-out digits: (\d\.\d+)$", text, re.MULTILINE)[1])
 
 
+@pytest.mark.long
 def test_mnist_saves_batches_of_fixed_sizes(mnist):
     texts, directory = mnist
     assert "saved out/mnist/10\n" in texts["fixed"]  # the next number
@@ -121,6 +122,7 @@ def test_mnist_saves_batches_of_fixed_sizes(mnist):
     assert accuracy(texts["fixed"]) > 0.9
 
 
+@pytest.mark.long
 def test_mnist_saves_one_function_for_every_batch_size(mnist):
     texts, directory = mnist
     assert "saved out/mnist/9\n" in texts["symbolic"]
@@ -129,6 +131,7 @@ def test_mnist_saves_one_function_for_every_batch_size(mnist):
     assert model(np.zeros((3, 8, 8, 1), np.float32)).shape == (3, 10)
 
 
+@pytest.mark.long
 def test_mnist_without_training_uses_the_highest_version(mnist):
     texts, directory = mnist
     assert "epoch" in texts["fixed"]

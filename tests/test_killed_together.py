@@ -121,7 +121,7 @@ def generation(path):
     return n
 
 
-@pytest.mark.parametrize("replacing", [True, False])
+@pytest.mark.parametrize("replacing", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize("every", [24, pytest.param(1, marks=pytest.mark.long)])
 def test_each_process_in_turn(tmp_path, replacing, every):
     old = None

@@ -222,7 +222,13 @@ def test_shapes_that_the_module_refuses() -> None:
 # --- networks
 
 
-@pytest.mark.parametrize("name", networks.ALL)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.long] if name in ("cnn_in_training", "transformer", "spectral") else [])
+        for name in networks.ALL
+    ],
+)
 def test_networks_forward_and_gradient(name: str) -> None:
     network = networks.ALL[name]()
     leaves, tree = jax.tree.flatten([*network.weights.values(), *network.inputs.values()])
