@@ -114,7 +114,9 @@ def _target(dtype: Any) -> tuple[np.dtype[Any], Any]:
     try:
         target = dtypes.parse(dtype).numpy if isinstance(dtype, str) else np.dtype(dtype)
     except (TypeError, ExportError) as error:
-        raise RestoreError("There is no dtype of that name.", field="dtype", found=repr(dtype)) from error
+        raise RestoreError(
+            "There is no dtype of that name.", field="dtype", expected="such as float32 or bfloat16", found=repr(dtype)
+        ) from error
     for family in _FAMILIES:
         if jax.dtypes.issubdtype(target, family):
             return target, family

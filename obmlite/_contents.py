@@ -76,7 +76,7 @@ class StoredContent:
             with context(package=self._store.name):
                 for data in checked.chunks(source, record.path, record.length, record.digest):
                     digests.append(sha256(data))
-        except BaseException:
+        except BaseException:  # whatever ends it, nobody else closes the file
             source.close()
             raise
         return io.BufferedReader(_Reader(source, record.path, digests, data), 1 << 16)

@@ -160,7 +160,7 @@ def _child(modules: Sequence[bytes], limits: Limits) -> list[bytes | ObmliteErro
             late = True
             process.kill()
             out, err = process.communicate()
-        except BaseException:
+        except BaseException:  # an interrupt too leaves no child behind
             process.kill()
             raise
     messages = err.decode(errors="replace")

@@ -374,20 +374,6 @@ def test_what_is_sent_to_an_accelerator_is_compared(
 # --- how much is hashed
 
 
-@pytest.fixture
-def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes of each chunk that was hashed."""
-    seen: list[int] = []
-    real = Chunks._compare
-
-    def spy(self: Chunks, chunk: Any, found: bytes) -> None:
-        seen.append(chunk.end - chunk.start)
-        real(self, chunk, found)
-
-    monkeypatch.setattr(Chunks, "_compare", spy)
-    return seen
-
-
 def test_a_mapped_chunk_is_hashed_once(original: pathlib.Path, hashed: list[int]) -> None:
     weights = obmlite.load(original / "whole.obm", verify="lazy", mmap=True).weights["params"]
     assert hashed == []

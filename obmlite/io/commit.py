@@ -105,7 +105,7 @@ class Transaction(Staging):
             manifest = self._decide()
             self._first = manifest is None
             self._clear(manifest)
-        except BaseException:
+        except BaseException:  # an interrupt too gives the lock back: there is no __exit__ yet
             self._leave()
             raise
         return self
@@ -206,7 +206,7 @@ class Transaction(Staging):
                 # Some network file systems report an error for a rename that they did.
                 self._replaced = self._stat(temporary) is None
                 raise
-        except BaseException:
+        except BaseException:  # an interrupt too leaves nothing behind
             self._unlink(temporary)
             raise
         sync_folder(self._descriptor)
@@ -237,7 +237,7 @@ class Transaction(Staging):
             with self._folder(folder) as place:
                 os.replace(os.path.basename(temporary), name, src_dir_fd=place, dst_dir_fd=place)
                 sync_folder(place)
-        except BaseException:
+        except BaseException:  # as above
             self._unlink(temporary)
             raise
 

@@ -85,7 +85,7 @@ def appearing(path: str) -> Iterator[str]:
         for folder, _, _ in os.walk(beside, topdown=False):
             _sync_folder_at(folder)
         os.rename(beside, path)
-    except BaseException:
+    except BaseException:  # an interrupt too leaves nothing behind
         with contextlib.suppress(OSError):  # the error that led here must not be hidden by another
             if os.path.isdir(beside):
                 shutil.rmtree(beside, ignore_errors=True)

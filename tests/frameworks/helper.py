@@ -98,7 +98,7 @@ def loaded(folder: pathlib.Path, model: obmlite.Model) -> obmlite.Model:
     return obmlite.load(folder / "model.obm")
 
 
-def same(found: Any, wanted: Any) -> None:
+def assert_same(found: Any, wanted: Any) -> None:
     """Asserts that two pytrees have the same containers and, bit by bit, the same arrays."""
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):

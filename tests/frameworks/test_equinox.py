@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import obmlite
-from tests.frameworks.helper import loaded, same, saved, without_frameworks
+from tests.frameworks.helper import assert_same, loaded, saved, without_frameworks
 
 eqx = pytest.importorskip("equinox")
 optax = pytest.importorskip("optax")
@@ -108,7 +108,7 @@ def test_a_module_comes_back_into_a_template(pair: Any, model: obmlite.Model, wa
     found = model.weights["module"].restore(like=other())
     assert type(found) is Network
     assert (found.scale, found.name, found.activation) == (0.5, "network", jax.nn.gelu)
-    same(eqx.filter(found, eqx.is_array), eqx.filter(pair[0], eqx.is_array))
+    assert_same(eqx.filter(found, eqx.is_array), eqx.filter(pair[0], eqx.is_array))
     state = model.weights["state"].restore(like=pair[1])
     assert np.asarray(eqx.filter_jit(batched)(found, state, WORDS)[0]).tobytes() == wanted.tobytes()
 
@@ -117,7 +117,7 @@ def test_a_partition_comes_back_into_a_template(pair: Any, tmp_path: pathlib.Pat
     arrays, _ = eqx.partition(pair[0], eqx.is_array)
     shapes = eqx.filter_eval_shape(lambda: arrays)
     found = saved(tmp_path, arrays).restore(like=shapes)
-    same(found, arrays)
+    assert_same(found, arrays)
 
 
 def test_state(pair: Any, model: obmlite.Model) -> None:
@@ -125,7 +125,7 @@ def test_state(pair: Any, model: obmlite.Model) -> None:
     assert list(weights.restore()) == ["Network.norm.ema_first_time_index", "Network.norm.ema_state_index"]
     found = weights.restore(like=pair[1])
     assert type(found) is eqx.nn.State
-    same(found, pair[1])
+    assert_same(found, pair[1])
     assert not np.asarray(found.get(pair[0].norm.ema_first_time_index))
 
 
@@ -145,7 +145,7 @@ def test_shared_layers(tmp_path: pathlib.Path) -> None:
     shared = make(jax.random.key(0))
     weights = saved(tmp_path, shared)
     assert len(weights.flat) == 1
-    same(weights.restore(like=make(jax.random.key(1)))()[1].weight, shared()[0].weight)
+    assert_same(weights.restore(like=make(jax.random.key(1)))()[1].weight, shared()[0].weight)
 
 
 def test_the_function_runs(model: obmlite.Model, wanted: Any) -> None:
@@ -157,14 +157,14 @@ def test_from_equinox(pair: Any, tmp_path: pathlib.Path) -> None:
     made = loaded(tmp_path, obmlite.Model.from_equinox(module, WORDS[0], state=state))
     assert made.signature.arguments == ("word",)
     call = eqx.filter_jit(lambda module, word, state: module(word, state))
-    same(made(WORDS[0]), call(module, WORDS[0], state)[0])
+    assert_same(made(WORDS[0]), call(module, WORDS[0], state)[0])
     made = loaded(tmp_path, obmlite.Model.from_equinox(module, WORDS[0], state=state, mutable=True))
     found, new = made(WORDS[0])
     wanted, states = call(module, WORDS[0], state)
-    same((found, list(jax.tree.leaves(new))), (wanted, list(jax.tree.leaves(states))))
+    assert_same((found, list(jax.tree.leaves(new))), (wanted, list(jax.tree.leaves(states))))
     dense = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
     made = loaded(tmp_path, obmlite.Model.from_equinox(dense, np.ones(3, np.float32)))
-    same(made(np.ones(3, np.float32)), eqx.filter_jit(lambda m, x: m(x))(dense, np.ones(3, np.float32)))
+    assert_same(made(np.ones(3, np.float32)), eqx.filter_jit(lambda m, x: m(x))(dense, np.ones(3, np.float32)))
 
 
 def test_the_function_takes_any_container(pair: Any, model: obmlite.Model, wanted: Any) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import obmlite
-from tests.frameworks.helper import loaded, same, saved, without_frameworks
+from tests.frameworks.helper import assert_same, loaded, saved, without_frameworks
 
 hk = pytest.importorskip("haiku")
 optax = pytest.importorskip("optax")
@@ -83,27 +83,27 @@ def model(network: Any, tmp_path_factory: pytest.TempPathFactory) -> obmlite.Mod
 
 def test_params(network: Any, model: obmlite.Model) -> None:
     found = model.weights["params"].restore()
-    same(found, network[1])
+    assert_same(found, network[1])
     assert "res_net50/~/initial_conv" in found
     assert "res_net50/~/initial_conv.w" in model.weights["params"].flat
 
 
 def test_state(network: Any, model: obmlite.Model) -> None:
-    same(model.weights["state"].restore(), network[2])
+    assert_same(model.weights["state"].restore(), network[2])
 
 
 def test_immutable_dicts_come_back(network: Any, tmp_path: pathlib.Path) -> None:
     value = hk.data_structures.to_immutable_dict(network[1])
     found = saved(tmp_path, value).restore()
     assert type(found) is type(value) is not dict
-    same(found, value)
+    assert_same(found, value)
 
 
 def test_a_recurrent_state(tmp_path: pathlib.Path) -> None:
     value = hk.LSTMState(jnp.ones(2), jnp.zeros(2))
     found = saved(tmp_path, {"lstm": value}).restore()["lstm"]
     assert type(found) is hk.LSTMState
-    same(found, value)
+    assert_same(found, value)
 
 
 def test_a_shared_embedding(tmp_path: pathlib.Path) -> None:
@@ -138,7 +138,7 @@ def test_the_new_state(network: Any, tmp_path: pathlib.Path) -> None:
     made, params, state = network
     model = obmlite.Model.from_haiku(made, params, IMAGES, state=state, mutable=True, train=True)
     found = loaded(tmp_path, model)(IMAGES)
-    same(found, jax.jit(lambda p, s, x: made.apply(p, s, None, x, train=True))(params, state, IMAGES))
+    assert_same(found, jax.jit(lambda p, s, x: made.apply(p, s, None, x, train=True))(params, state, IMAGES))
 
 
 def test_a_key(tmp_path: pathlib.Path) -> None:
@@ -146,7 +146,7 @@ def test_a_key(tmp_path: pathlib.Path) -> None:
     x, key = jnp.ones((2, 3)), jax.random.key(3)
     params = made.init(key, x)
     model = loaded(tmp_path, obmlite.Model.from_haiku(made, params, x, rng=key))
-    same(model(x, rng=key), jax.jit(made.apply)(params, key, x))
+    assert_same(model(x, rng=key), jax.jit(made.apply)(params, key, x))
 
 
 def test_what_does_not_fit() -> None:
@@ -183,7 +183,7 @@ def test_an_unsupported_leaf(network: Any) -> None:
 
 def test_a_template_lists_all_differences(network: Any, model: obmlite.Model) -> None:
     template = hk.data_structures.to_immutable_dict(network[1])
-    same(model.weights["params"].restore(like=template), template)
+    assert_same(model.weights["params"].restore(like=template), template)
     wrong = hk.data_structures.to_mutable_dict(template)
     del wrong["res_net50/~/initial_conv"]
     wrong["res_net50/logits"] = {**wrong["res_net50/logits"], "b": jnp.ones(9)}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import obmlite
-from tests.frameworks.helper import loaded, same, saved, without_frameworks
+from tests.frameworks.helper import assert_same, loaded, saved, without_frameworks
 
 flax = pytest.importorskip("flax")
 optax = pytest.importorskip("optax")
@@ -78,20 +78,20 @@ def model(module: Any, variables: Any, tmp_path_factory: pytest.TempPathFactory)
 
 def test_params(variables: Any, model: obmlite.Model) -> None:
     found = model.weights["variables"].restore()
-    same(found["params"], variables["params"])
+    assert_same(found["params"], variables["params"])
     assert "params.dense.kernel.value" in model.weights["variables"].flat
 
 
 def test_batch_statistics(variables: Any, model: obmlite.Model) -> None:
     found = model.weights["variables"].restore()
-    same(found, variables)
+    assert_same(found, variables)
     assert type(found) is dict
     assert set(found) == {"params", "batch_stats"}
 
 
 def test_every_collection(tmp_path: pathlib.Path) -> None:
     value = {"params": {"w": jnp.ones(2)}, "cache": {"index": jnp.int32(3)}, "intermediates": {"y": (jnp.zeros(2),)}}
-    same(saved(tmp_path, value).restore(), value)
+    assert_same(saved(tmp_path, value).restore(), value)
 
 
 def test_a_shared_embedding_is_there_once(model: obmlite.Model) -> None:
@@ -110,7 +110,7 @@ def test_tied_leaves_stay_tied(variables: Any, tmp_path: pathlib.Path) -> None:
 def test_frozen_dicts_come_back(variables: Any, tmp_path: pathlib.Path) -> None:
     for value in (flax.core.freeze(variables), {"a": [flax.core.freeze({"b": jnp.ones(2)})]}, flax.core.freeze({})):
         found = saved(tmp_path, value).restore()
-        same(found, value)
+        assert_same(found, value)
     assert type(found) is flax.core.FrozenDict
 
 
@@ -148,7 +148,7 @@ def test_mutable_collections(module: Any, variables: Any, tmp_path: pathlib.Path
     )
     found, new = loaded(tmp_path, made)(WORDS, rngs={"dropout": key})
     call = jax.jit(lambda v, w, k: module.apply(v, w, train=True, mutable=["batch_stats"], rngs={"dropout": k}))
-    same((found, new), call(variables, WORDS, key))
+    assert_same((found, new), call(variables, WORDS, key))
 
 
 @pytest.mark.parametrize("method", ["twice", Network.twice, lambda module, x: module.twice(x)])
@@ -183,7 +183,7 @@ def test_an_unsupported_leaf(module: Any, variables: Any) -> None:
 def test_a_template_lists_all_differences(variables: Any, model: obmlite.Model) -> None:
     template = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), flax.core.freeze(variables))
     found = model.weights["variables"].restore(like=template)
-    same(found, flax.core.freeze(variables))
+    assert_same(found, flax.core.freeze(variables))
     wrong = flax.core.unfreeze(template)
     del wrong["batch_stats"]["norm"]["mean"]
     wrong["params"]["norm"]["scale"] = jax.ShapeDtypeStruct((5,), np.float32)

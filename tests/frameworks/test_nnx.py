@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import obmlite
-from tests.frameworks.helper import loaded, same, saved, without_frameworks
+from tests.frameworks.helper import assert_same, loaded, saved, without_frameworks
 
 nnx = pytest.importorskip("flax.nnx")
 optax = pytest.importorskip("optax")
@@ -83,13 +83,13 @@ def model(module: Any, tmp_path_factory: pytest.TempPathFactory) -> obmlite.Mode
 def test_state(module: Any, model: obmlite.Model) -> None:
     found = model.weights["state"].restore()
     assert type(found) is nnx.State
-    same(found, nnx.state(module))
+    assert_same(found, nnx.state(module))
     assert "layers.0.kernel" in model.weights["state"].flat
 
 
 def test_parameters_alone(module: Any, tmp_path: pathlib.Path) -> None:
     params = nnx.state(module, nnx.Param)
-    same(saved(tmp_path, params).restore(), params)
+    assert_same(saved(tmp_path, params).restore(), params)
 
 
 def test_kinds_of_variables(module: Any, model: obmlite.Model) -> None:
@@ -151,7 +151,7 @@ def test_a_split(module: Any, wanted: Any, tmp_path: pathlib.Path) -> None:
     made = loaded(tmp_path, obmlite.Model.from_function(apply, params, rest, WORDS, weights=(0, 1)))
     assert np.asarray(made(WORDS)).tobytes() == wanted.tobytes()
     merged = nnx.merge(graphdef, made.weights["params"].restore(), made.weights["rest"].restore())
-    same(nnx.state(merged), nnx.state(module))
+    assert_same(nnx.state(merged), nnx.state(module))
 
 
 def test_a_split_as_one_argument(module: Any, wanted: Any, tmp_path: pathlib.Path) -> None:
@@ -167,11 +167,11 @@ def test_a_module_as_an_argument(module: Any, wanted: Any, tmp_path: pathlib.Pat
 def test_an_optimizer(pair: Any, tmp_path: pathlib.Path) -> None:
     state = nnx.state(pair[1])
     found = saved(tmp_path, pair[1]).restore()
-    same(found, state)
+    assert_same(found, state)
     assert {type(v) for _, v in nnx.to_flat_state(found)} == {type(v) for _, v in nnx.to_flat_state(state)}
     _, other = trained(0)
     nnx.update(other, found)
-    same(nnx.state(other), state)
+    assert_same(nnx.state(other), state)
 
 
 def test_the_function_runs(model: obmlite.Model, wanted: Any) -> None:
@@ -190,7 +190,7 @@ def test_the_new_state(tmp_path: pathlib.Path) -> None:
     made = loaded(tmp_path, obmlite.Model.from_nnx(module, WORDS, mutable=True))
     result, state = made(WORDS)
     wanted = nnx.jit(lambda m, words: m(words))(module, WORDS)  # which changes the module
-    same((result, state), (wanted, nnx.state(module)))
+    assert_same((result, state), (wanted, nnx.state(module)))
 
 
 def test_a_method(module: Any, tmp_path: pathlib.Path) -> None:
@@ -239,10 +239,10 @@ def test_an_unsupported_leaf(tmp_path: pathlib.Path) -> None:
 def test_a_template_lists_all_differences(module: Any, model: obmlite.Model) -> None:
     weights = model.weights["state"]
     found = weights.restore(like=nnx.eval_shape(lambda: nnx.state(Network(nnx.Rngs(0)))))
-    same(nnx.to_pure_dict(found), nnx.to_pure_dict(nnx.state(module)))
+    assert_same(nnx.to_pure_dict(found), nnx.to_pure_dict(nnx.state(module)))
     other = weights.restore(like=Network(nnx.Rngs(3)))
     assert type(other) is Network
-    same(nnx.state(other, nnx.Param), nnx.state(module, nnx.Param))
+    assert_same(nnx.state(other, nnx.Param), nnx.state(module, nnx.Param))
     wrong = nnx.to_pure_dict(nnx.state(module))
     del wrong["norm"]["mean"]
     wrong["embed"]["embedding"] = jnp.ones((8, 4))

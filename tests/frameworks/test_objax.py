@@ -79,7 +79,7 @@ def model(module: Any, tmp_path_factory: pytest.TempPathFactory) -> obmlite.Mode
     return loaded(tmp_path_factory.mktemp("objax"), obmlite.Model.from_objax(module, WORDS, training=False))
 
 
-def same(found: Any, wanted: Any) -> None:
+def assert_same(found: Any, wanted: Any) -> None:
     assert type(found) is objax.VarCollection
     assert list(found.keys()) == list(wanted.keys())
     for name, variable in wanted.items():
@@ -92,7 +92,7 @@ def same(found: Any, wanted: Any) -> None:
 
 
 def test_variables(module: Any, model: obmlite.Model) -> None:
-    same(model.weights["variables"].restore(), module.vars())
+    assert_same(model.weights["variables"].restore(), module.vars())
     assert model.weights["variables"]["(Network).linear(Linear).w"].shape == (4, 4)
 
 
@@ -107,14 +107,14 @@ def test_an_optimizer(trained: Any, tmp_path: pathlib.Path) -> None:
     module, optimizer = trained
     variables = module.vars() + optimizer.vars()
     found = saved(tmp_path, variables).restore()
-    same(found, variables)
+    assert_same(found, variables)
     references = [(name, v) for name, v in found.items() if isinstance(v, objax.TrainRef)]
     assert len(references) == 5
     restored = {id(variable): found[name] for name, variable in variables.items()}
     for name, reference in references:
         assert reference.ref is restored[id(variables[name].ref)]
     alone = saved(tmp_path, optimizer.vars()).restore()
-    same(alone, optimizer.vars())
+    assert_same(alone, optimizer.vars())
 
 
 def test_tied_leaves_stay_tied(model: obmlite.Model) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import obmlite
-from tests.frameworks.helper import loaded, same, saved, without_frameworks
+from tests.frameworks.helper import assert_same, loaded, saved, without_frameworks
 
 optax = pytest.importorskip("optax")
 
@@ -78,13 +78,13 @@ def model(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> obmlite.Mod
 
 
 def test_params(trained: Any, model: obmlite.Model) -> None:
-    same(model.weights["params"].restore(), trained[0])
+    assert_same(model.weights["params"].restore(), trained[0])
 
 
 def test_state(trained: Any, model: obmlite.Model) -> None:
     found = model.weights["state"].restore(like=trained[1])
     assert type(found) is Statistics
-    same(found, trained[1])
+    assert_same(found, trained[1])
 
 
 def test_containers_come_back(trained: Any, tmp_path: pathlib.Path) -> None:
@@ -94,7 +94,7 @@ def test_containers_come_back(trained: Any, tmp_path: pathlib.Path) -> None:
         "c": {(0, "x"): jnp.zeros(1)},
     }
     found = saved(tmp_path, value).restore()
-    same(found, value)
+    assert_same(found, value)
     assert type(found["b"]) is collections.OrderedDict
 
 
@@ -116,7 +116,7 @@ def test_the_function_takes_any_container(trained: Any, model: obmlite.Model, wa
 
 def test_optimizer_states_come_back(trained: Any, tmp_path: pathlib.Path) -> None:
     found = saved(tmp_path, trained[2]).restore()
-    same(found, trained[2])
+    assert_same(found, trained[2])
     assert type(found[1]) is optax.MaskedState
     assert type(found[1].inner_state) is optax.EmptyState
     assert type(found[2].inner_state[0]) is optax.ScaleByAdamState
@@ -145,7 +145,7 @@ def test_optimizer_states_come_back(trained: Any, tmp_path: pathlib.Path) -> Non
 def test_optimizers(make: Any, tmp_path: pathlib.Path) -> None:
     params = {"w": jnp.ones((4, 4)), "b": jnp.ones(4)}
     state = make().init(params)
-    same(saved(tmp_path, state).restore(), state)
+    assert_same(saved(tmp_path, state).restore(), state)
 
 
 def test_all_states_on_the_list_are_there() -> None:
@@ -181,7 +181,7 @@ def test_an_unsupported_leaf() -> None:
 def test_a_template_lists_all_differences(trained: Any, tmp_path: pathlib.Path) -> None:
     weights = saved(tmp_path, trained[2])
     template = jax.eval_shape(optimizer().init, {k: trained[0][k] for k in trained[0]})
-    same(weights.restore(like=template), trained[2])
+    assert_same(weights.restore(like=template), trained[2])
     with pytest.raises(obmlite.RestoreError) as caught:
         weights.restore(like=optimizer().init({"w": jnp.ones((3, 5)), "head": jnp.ones((3, 4))}))
     assert "2.inner_state.0.mu.w" in str(caught.value)

@@ -100,20 +100,6 @@ def test_what_has_no_digest_is_not_given_out(opened: Callable[..., Chunks], data
     chunks.check([(0, 0)])
 
 
-@pytest.fixture
-def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes of each thing that was hashed."""
-    seen: list[int] = []
-    real = Chunks._compare
-
-    def spy(self: Chunks, chunk: Any, found: bytes) -> None:
-        seen.append(chunk.end - chunk.start)
-        real(self, chunk, found)
-
-    monkeypatch.setattr(Chunks, "_compare", spy)
-    return seen
-
-
 def test_a_range_that_is_read_in_parts_is_hashed_once(
     opened: Callable[..., Chunks], data: bytes, hashed: list[int]
 ) -> None:

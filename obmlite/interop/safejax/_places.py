@@ -129,7 +129,7 @@ def opened(path_or_buf: str | os.PathLike[str] | bytes, fs: Any) -> Iterator[Fil
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ArgumentError("What is at the path is no regular file.", field="path_or_buf", found=path)
         source = LocalFile(descriptor, path, mmap=not is_remote(descriptor))
-    except BaseException:
+    except BaseException:  # whatever ends it, nobody else closes the file
         os.close(descriptor)
         raise
     with source:

@@ -11,9 +11,10 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from obmlite.errors import ObmliteError
+from obmlite.serving.repository import Repository
 from obmlite.serving.status import Code, ServingError
 
-__all__ = ["Answered", "Method", "handler"]
+__all__ = ["Answered", "Method", "Methods", "handler"]
 
 Answered: TypeAlias = Callable[[str, str, str, float], None]
 """Is told of a request that was answered: the model, what was asked of it, by which way, and the seconds it took."""
@@ -49,6 +50,21 @@ class Method:
         except DecodeError as error:
             raise ServingError(Code.INVALID_ARGUMENT, f"The request is no {self.kind.DESCRIPTOR.name}.") from error
         return bytes(self.run(request, timeout).SerializeToString())
+
+
+class Methods:
+    """What the methods of a protocol have in common.
+
+    Args:
+      repository: what is served.
+      limit: bytes that the inputs of a request may take.
+      answered: is told of answers: model, what was asked of it, ``"GRPC"``, seconds.
+    """
+
+    def __init__(self, repository: Repository, limit: int, answered: Answered | None = None) -> None:
+        self._repository = repository
+        self._limit = limit
+        self._answered = answered
 
 
 def handler(method: Method) -> Any:

@@ -12,10 +12,9 @@ from obmlite._version import __version__
 from obmlite.serving._elements import to_bytes
 from obmlite.serving._inference import PLATFORM, SERVER, STATES, datatype, version_number
 from obmlite.serving.grpc._infer_tensor import array, contents, field
-from obmlite.serving.grpc._methods import Answered, Method
+from obmlite.serving.grpc._methods import Method, Methods
 from obmlite.serving.grpc.messages import inference
 from obmlite.serving.interface import Array, Interface, TensorInfo
-from obmlite.serving.repository import Repository
 from obmlite.serving.servable import State
 from obmlite.serving.status import Code, ServingError
 
@@ -26,19 +25,8 @@ _OTHER_PLACES = {"shared_memory_region", "classification"}
 """Parameters of Triton's that ask for tensors to be somewhere or something else."""
 
 
-class OpenInference:
-    """The methods.
-
-    Args:
-      repository: what is served.
-      limit: bytes that the inputs of a request may take.
-      answered: is told of answers: model, ``"Infer"``, ``"GRPC"``, seconds.
-    """
-
-    def __init__(self, repository: Repository, limit: int, answered: Answered | None = None) -> None:
-        self._repository = repository
-        self._limit = limit
-        self._answered = answered
+class OpenInference(Methods):
+    """The methods; answers are told of as ``"Infer"``."""
 
     def services(self) -> dict[str, dict[str, Method]]:
         """Service → method → what does it."""

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from obmlite.serving.grpc._methods import Answered, Method
+from obmlite.serving.grpc._methods import Method, Methods
 from obmlite.serving.grpc._tensor_proto import array, data_type, fill
 from obmlite.serving.grpc.messages import tensorflow_serving as tfs
 from obmlite.serving.interface import Array, Interface, TensorInfo
-from obmlite.serving.repository import Repository
 from obmlite.serving.servable import DEFAULT, Servable
 from obmlite.serving.status import Code, ServingError
 
@@ -26,19 +25,8 @@ _METHOD = "tensorflow/serving/predict"
 _NOTHING: Array = np.empty(0)
 
 
-class TensorFlowServing:
-    """The methods.
-
-    Args:
-      repository: what is served.
-      limit: bytes that the inputs of a request may take.
-      answered: is told of answers: model, ``"Predict"``, ``"GRPC"``, seconds.
-    """
-
-    def __init__(self, repository: Repository, limit: int, answered: Answered | None = None) -> None:
-        self._repository = repository
-        self._limit = limit
-        self._answered = answered
+class TensorFlowServing(Methods):
+    """The methods; answers are told of as ``"Predict"``."""
 
     def services(self) -> dict[str, dict[str, Method]]:
         """Service → method → what does it."""
