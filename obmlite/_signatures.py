@@ -27,6 +27,7 @@ __all__ = [
     "PublicKeys",
     "Signature",
     "check",
+    "content",
     "fingerprint",
     "message",
     "pack",
@@ -192,11 +193,7 @@ def _public_key(given: Any) -> Ed25519PublicKey:
 
     if isinstance(given, Ed25519PublicKey):
         return given
-    shown = "the bytes given" if isinstance(given, bytes) else "an object"
-    if isinstance(given, (str, os.PathLike)):
-        shown = os.fspath(given)
-        with open(given, "rb") as file:
-            given = file.read()
+    shown, given = content(given)
     try:
         key = load_pem_public_key(given) if isinstance(given, bytes) else given
     except (ValueError, UnsupportedAlgorithm):
@@ -205,6 +202,14 @@ def _public_key(given: Any) -> Ed25519PublicKey:
     if not isinstance(key, Ed25519PublicKey):
         raise _no_key(shown, type(key).__name__)
     return key
+
+
+def content(given: Any) -> tuple[str, Any]:
+    """What a key is given as, for people; and the bytes of its file, where that is a path."""
+    if isinstance(given, (str, os.PathLike)):
+        with open(given, "rb") as file:
+            return os.fspath(given), file.read()
+    return "the bytes given" if isinstance(given, bytes) else "an object", given
 
 
 def _no_key(where: str, found: str) -> ArgumentError:

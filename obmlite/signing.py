@@ -114,11 +114,7 @@ def _private_key(given: PrivateKey, passphrase: Phrase) -> Ed25519PrivateKey:
 
     if isinstance(given, Ed25519PrivateKey):
         return given
-    shown = "the bytes given"
-    if isinstance(given, (str, os.PathLike)):
-        shown = os.fspath(given)
-        with open(given, "rb") as file:
-            given = file.read()
+    shown, given = _signatures.content(given)
     if not isinstance(given, bytes):
         raise _no_key(shown, type(given).__name__)
     secret: str | bytes | None = None
